@@ -1,0 +1,28 @@
+"""ppkernels: fused kernels, layers and optimizers for Powerpropagation, θ = φ·|φ|^(α−1)."""
+
+from ppkernels import _extension as _extension  # loads the kernels before any op is called
+from ppkernels import autograd, ops, reference
+from ppkernels._backend import backend
+from ppkernels._extension import cpu_capability
+from ppkernels.ops import (
+    inverse_power,
+    power,
+    power_backward,
+    power_double_backward,
+    rebase,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "autograd",
+    "backend",
+    "cpu_capability",
+    "inverse_power",
+    "ops",
+    "power",
+    "power_backward",
+    "power_double_backward",
+    "rebase",
+    "reference",
+]

@@ -1,0 +1,73 @@
+"""Checks at the border of the library: each says what was wanted and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """``tensor`` is a torch.Tensor of a supported dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got "
+            f"{str(tensor.dtype).removeprefix('torch.')}"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """``tensor`` has the shape, dtype and device of ``other``; nothing is broadcast or cast."""
+    check_floating(op, name, tensor)
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of {other_name}, {tuple(other.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}"
+        )
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {other_name}, {other.device}, "
+            f"got {tensor.device}"
+        )
+
+
+def check_alpha(op: str, alpha: float, name: str = "alpha") -> float:
+    """The exponent as a Python float, finite and at least 1."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(
+            f"{op}: {name} must be a float or a 0-dim float64 tensor, got {type(alpha).__name__}"
+        )
+    if not (1 <= alpha < math.inf):
+        raise ValueError(f"{op}: {name} must be a finite number >= 1, got {alpha}")
+    return float(alpha)
+
+
+def alpha_tensor(op: str, alpha: float | Tensor, name: str = "alpha") -> Tensor:
+    """The exponent as a 0-dim float64 tensor.
+
+    A tensor passes through untouched (its value is checked by the kernel, on the CPU only, so that
+    a GPU is never waited for); a number becomes a CPU tensor.
+    """
+    if not isinstance(alpha, Tensor):
+        return torch.scalar_tensor(check_alpha(op, alpha, name), dtype=torch.float64)
+    if alpha.dtype != torch.float64 or alpha.dim() != 0:
+        raise TypeError(
+            f"{op}: {name} as a tensor must be 0-dim float64 (a rounded exponent is another "
+            f"exponent), got {tuple(alpha.shape)} {alpha.dtype}"
+        )
+    if alpha.requires_grad:
+        raise ValueError(
+            f"{op}: there is no gradient with respect to {name}; pass {name}.detach()"
+        )
+    return alpha
