@@ -67,7 +67,5 @@ def alpha_tensor(op: str, alpha: float | Tensor, name: str = "alpha") -> Tensor:
             f"exponent), got {tuple(alpha.shape)} {alpha.dtype}"
         )
     if alpha.requires_grad:
-        raise ValueError(
-            f"{op}: there is no gradient with respect to {name}; pass {name}.detach()"
-        )
+        raise ValueError(f"{op}: there is no gradient with respect to {name}; pass {name}.detach()")
     return alpha

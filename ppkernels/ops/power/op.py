@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_floating, check_like
+from ppkernels._checks import alpha_tensor, check_alpha, check_floating, check_like
 from ppkernels.ops.power import reference
 
 # ---- public functions
@@ -43,7 +43,8 @@ def power(weight: Tensor, alpha: float | Tensor, *, out: Tensor | None = None) -
 
     Raises:
         TypeError: a dtype or an argument that is not supported.
-        ValueError: α < 1 or not finite, shapes or devices that differ, gradients asked of ``alpha``.
+        ValueError: α < 1 or not finite, shapes or devices that differ, a gradient asked of α. (The
+            value of an α given as a tensor is checked by the compiled kernel: RuntimeError.)
 
     Source: Schwarz et al., "Powerpropagation: A sparsity inducing weight reparameterisation",
     2021, section 2 (Ψ).
@@ -52,17 +53,16 @@ def power(weight: Tensor, alpha: float | Tensor, *, out: Tensor | None = None) -
     alpha = alpha_tensor("power", alpha)
     if out is None:
         return Power.apply(weight, alpha)
-    _check_out(weight, out)
+    _check_out("power", out, weight)
     if _backend.uses_reference():
-        return out.copy_(reference.power(weight, alpha))
+        return out.copy_(_on_reference("power", weight, alpha))
     torch.ops.ppkernels.power_out(weight, alpha, out)
-    # An op that writes to its argument does not tell autograd; graph capture tracks it by itself.
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(out)
-    return out
+    return _written(out)
 
 
-def power_backward(grad_theta: Tensor, weight: Tensor, alpha: float | Tensor) -> Tensor:
+def power_backward(
+    grad_theta: Tensor, weight: Tensor, alpha: float | Tensor, *, out: Tensor | None = None
+) -> Tensor:
     """The gradient of `power` with respect to its weight: ∂L/∂φ = ∂L/∂θ · α|φ|^(α−1), in one pass.
 
     At φ = 0 the factor is 0 for α > 1 and 1 for α = 1; an infinite or NaN gradient stays not
@@ -72,9 +72,10 @@ def power_backward(grad_theta: Tensor, weight: Tensor, alpha: float | Tensor) ->
         grad_theta: ∂L/∂θ, of ``weight``'s shape, dtype and device.
         weight: φ, as in `power`.
         alpha: α, as in `power`.
+        out: an existing tensor to write into, as in `power`; may be ``grad_theta`` or ``weight``.
 
     Returns:
-        ∂L/∂φ, of ``weight``'s shape, dtype and memory layout.
+        ∂L/∂φ, of ``weight``'s shape, dtype and memory layout; or ``out``.
 
     Raises:
         TypeError, ValueError: as `power`.
@@ -83,7 +84,14 @@ def power_backward(grad_theta: Tensor, weight: Tensor, alpha: float | Tensor) ->
     """
     check_floating("power_backward", "weight", weight)
     check_like("power_backward", "grad_theta", grad_theta, "weight", weight)
-    return _PowerBackward.apply(grad_theta, weight, alpha_tensor("power_backward", alpha))
+    alpha = alpha_tensor("power_backward", alpha)
+    if out is None:
+        return _PowerBackward.apply(grad_theta, weight, alpha)
+    _check_out("power_backward", out, weight, grad_theta)
+    if _backend.uses_reference():
+        return out.copy_(_on_reference("power_backward", grad_theta, weight, alpha))
+    torch.ops.ppkernels.power_backward_out(grad_theta, weight, alpha, out)
+    return _written(out)
 
 
 def power_double_backward(
@@ -91,8 +99,8 @@ def power_double_backward(
 ) -> Tensor:
     """The gradient of `power_backward` with respect to its weight, for gradient penalties.
 
-    h·g·α(α−1)·sign(φ)|φ|^(α−2) with h ``grad_grad_weight`` and g ``grad_theta``. At φ = 0, where the
-    second derivative of Ψ is infinite for 1 < α < 2 and jumps at α = 2, it is defined as 0; for
+    h·g·α(α−1)·sign(φ)|φ|^(α−2) with h ``grad_grad_weight`` and g ``grad_theta``. At φ = 0, where
+    the second derivative of Ψ is infinite for 1 < α < 2 and jumps at α = 2, it is defined as 0; for
     α = 1 it is 0 everywhere. Not differentiable.
 
     Args and errors are those of `power_backward`.
@@ -124,7 +132,7 @@ def inverse_power(theta: Tensor, alpha: float | Tensor) -> Tensor:
     alpha = alpha_tensor("inverse_power", alpha)
     _check_no_grad("inverse_power", theta)
     if _backend.uses_reference():
-        return reference.inverse_power(theta, alpha)
+        return _on_reference("inverse_power", theta, alpha)
     return torch.ops.ppkernels.inverse_power(theta, alpha)
 
 
@@ -149,21 +157,28 @@ def rebase(weight: Tensor, alpha_from: float | Tensor, alpha_to: float | Tensor)
     alpha_to = alpha_tensor("rebase", alpha_to, "alpha_to")
     _check_no_grad("rebase", weight)
     if _backend.uses_reference():
-        return reference.rebase(weight, alpha_from, alpha_to)
+        return _on_reference("rebase", weight, alpha_from, alpha_to)
     return torch.ops.ppkernels.rebase(weight, alpha_from, alpha_to)
 
 
-def _check_out(weight: Tensor, out: Tensor) -> None:
-    check_like("power", "out", out, "weight", weight)
-    if torch.is_grad_enabled() and (weight.requires_grad or out.requires_grad):
+def _check_out(op: str, out: Tensor, weight: Tensor, *inputs: Tensor) -> None:
+    check_like(op, "out", out, "weight", weight)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, weight, *inputs)):
         raise RuntimeError(
-            "power: out= has no gradient; call it under torch.no_grad(), or leave out= away"
+            f"{op}: out= has no gradient; call it under torch.no_grad(), or leave out= away"
         )
     if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(
-            f"power: out has several elements in one place (shape {tuple(out.shape)}, strides "
+            f"{op}: out has several elements in one place (shape {tuple(out.shape)}, strides "
             f"{out.stride()}); pass a tensor with a place for each"
         )
+
+
+def _written(out: Tensor) -> Tensor:
+    # An op that writes to its argument does not tell autograd; graph capture tracks it by itself.
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)
+    return out
 
 
 def _check_no_grad(op: str, *tensors: Tensor) -> None:
@@ -173,12 +188,24 @@ def _check_no_grad(op: str, *tensors: Tensor) -> None:
         )
 
 
+def _on_reference(name: str, *args: Tensor) -> Tensor:
+    # The compiled kernels check the exponent's value themselves. A GPU is not waited for.
+    for alpha in args[-2:] if name == "rebase" else args[-1:]:
+        if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_alpha(name, alpha.item())
+    result: Tensor = getattr(reference, name)(*args)
+    return result
+
+
 # ---- schemas
 
 _SCHEMAS = {
     "power": "(Tensor weight, Tensor alpha) -> Tensor",
     "power_out": "(Tensor weight, Tensor alpha, Tensor(a!) out) -> ()",
     "power_backward": "(Tensor grad_theta, Tensor weight, Tensor alpha) -> Tensor",
+    "power_backward_out": (
+        "(Tensor grad_theta, Tensor weight, Tensor alpha, Tensor(a!) out) -> ()"
+    ),
     "power_double_backward": (
         "(Tensor grad_grad_weight, Tensor grad_theta, Tensor weight, Tensor alpha) -> Tensor"
     ),
@@ -204,6 +231,11 @@ def _(weight: Tensor, alpha: Tensor, out: Tensor) -> None:
 @torch.library.register_fake("ppkernels::power_backward")
 def _(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
     return torch.empty_like(weight)
+
+
+@torch.library.register_fake("ppkernels::power_backward_out")
+def _(grad_theta: Tensor, weight: Tensor, alpha: Tensor, out: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("ppkernels::power_double_backward")
@@ -232,33 +264,38 @@ def _like(result: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.impl("ppkernels::power", "CompositeExplicitAutograd")
 def _(weight: Tensor, alpha: Tensor) -> Tensor:
-    return _like(reference.power(weight, alpha), weight)
+    return _like(_on_reference("power", weight, alpha), weight)
 
 
 @torch.library.impl("ppkernels::power_out", "CompositeExplicitAutograd")
 def _(weight: Tensor, alpha: Tensor, out: Tensor) -> None:
-    out.copy_(reference.power(weight, alpha))
+    out.copy_(_on_reference("power", weight, alpha))
 
 
 @torch.library.impl("ppkernels::power_backward", "CompositeExplicitAutograd")
 def _(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-    return _like(reference.power_backward(grad_theta, weight, alpha), weight)
+    return _like(_on_reference("power_backward", grad_theta, weight, alpha), weight)
+
+
+@torch.library.impl("ppkernels::power_backward_out", "CompositeExplicitAutograd")
+def _(grad_theta: Tensor, weight: Tensor, alpha: Tensor, out: Tensor) -> None:
+    out.copy_(_on_reference("power_backward", grad_theta, weight, alpha))
 
 
 @torch.library.impl("ppkernels::power_double_backward", "CompositeExplicitAutograd")
 def _(grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-    product = reference.power_double_backward(grad_grad_weight, grad_theta, weight, alpha)
+    product = _on_reference("power_double_backward", grad_grad_weight, grad_theta, weight, alpha)
     return _like(product, weight)
 
 
 @torch.library.impl("ppkernels::inverse_power", "CompositeExplicitAutograd")
 def _(theta: Tensor, alpha: Tensor) -> Tensor:
-    return _like(reference.inverse_power(theta, alpha), theta)
+    return _like(_on_reference("inverse_power", theta, alpha), theta)
 
 
 @torch.library.impl("ppkernels::rebase", "CompositeExplicitAutograd")
 def _(weight: Tensor, alpha_from: Tensor, alpha_to: Tensor) -> Tensor:
-    return _like(reference.rebase(weight, alpha_from, alpha_to), weight)
+    return _like(_on_reference("rebase", weight, alpha_from, alpha_to), weight)
 
 
 def _gpu(name: str) -> Any:
@@ -311,13 +348,13 @@ for _name, _exponents in (
 
 def _power(weight: Tensor, alpha: Tensor) -> Tensor:
     if _backend.uses_reference():
-        return reference.power(weight, alpha)
+        return _on_reference("power", weight, alpha)
     return torch.ops.ppkernels.power.default(weight, alpha)
 
 
 def _power_backward(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
     if _backend.uses_reference():
-        return reference.power_backward(grad_theta, weight, alpha)
+        return _on_reference("power_backward", grad_theta, weight, alpha)
     return torch.ops.ppkernels.power_backward.default(grad_theta, weight, alpha)
 
 
@@ -325,7 +362,7 @@ def _power_double_backward(
     grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: Tensor
 ) -> Tensor:
     if _backend.uses_reference():
-        return reference.power_double_backward(grad_grad_weight, grad_theta, weight, alpha)
+        return _on_reference("power_double_backward", grad_grad_weight, grad_theta, weight, alpha)
     return torch.ops.ppkernels.power_double_backward.default(
         grad_grad_weight, grad_theta, weight, alpha
     )
@@ -337,9 +374,34 @@ class Power(torch.autograd.Function):
     ``Power.apply(weight, alpha)``: φ of any shape and a 0-dim float64 tensor α; returns θ. Plain
     autograd over ``w * w.abs().pow(alpha - 1)`` gives NaN at φ = 0 for 1 < α < 2; this does not.
     Differentiable twice, works under torch.func.vmap, grad and jacrev and in
-    torch.compile(fullgraph=True); forward-mode differentiation is refused by PyTorch, with an error.
+    torch.compile(fullgraph=True); forward-mode differentiation is refused with PyTorch's error.
     Arguments are not checked: `pp.power` is the checked way in.
     """
+
+    @classmethod
+    def apply(cls, weight: Tensor, alpha: Tensor) -> Tensor:
+        # torch.func needs a Function with setup_context, and for those PyTorch binds the signature
+        # anew in every call: 15 µs instead of 5 for a weight of 64 × 64.
+        if torch._C._are_functorch_transforms_active():
+            return _TransformablePower.apply(weight, alpha)
+        return super().apply(weight, alpha)
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, alpha)
+        return _power(weight, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        weight, alpha = ctx.saved_tensors
+        # The second Function costs some µs; without a double backward the op alone will do.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _PowerBackward.apply(grad_theta, weight, alpha), None
+        return _power_backward(grad_theta, weight, alpha), None
+
+
+class _TransformablePower(torch.autograd.Function):
+    """`Power` in the form that torch.func's transforms take."""
 
     generate_vmap_rule = True
 
@@ -352,12 +414,9 @@ class Power(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         weight, alpha = ctx.saved_tensors
-        # The second Function costs a few µs; without a double backward the op alone will do.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _PowerBackward.apply(grad_theta, weight, alpha), None
-        return _power_backward(grad_theta, weight, alpha), None
+        return _PowerBackward.apply(grad_theta, weight, alpha), None
 
 
 class _PowerBackward(torch.autograd.Function):

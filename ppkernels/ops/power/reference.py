@@ -1,7 +1,7 @@
 """The powered weight in pure PyTorch: the specification of every other implementation.
 
-Notation: φ ``weight``, θ ``theta``, α ``alpha``. Half precisions are computed in float32 and rounded
-once. α is a float or a 0-dim float64 tensor; it is not checked here.
+Notation: φ ``weight``, θ ``theta``, α ``alpha``. Half precisions are computed in float32 and
+rounded once. α is a float or a 0-dim float64 tensor; it is not checked here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def power_double_backward(
 ) -> Tensor:
     """h·g·α(α−1)·sign(φ)|φ|^(α−2), and 0 where φ = 0 or α = 1."""
     phi = _compute(weight)
-    curvature = alpha * (alpha - 1) * phi.abs().pow(alpha - 2) * phi.sign()
+    # copysign and not sign, which is 0 at NaN: a NaN weight must show.
+    curvature = (alpha * (alpha - 1) * phi.abs().pow(alpha - 2)).copysign(phi)
+    curvature = torch.where(phi.isnan(), phi, curvature)
     product = _compute(grad_grad_weight) * _compute(grad_theta) * curvature
     is_flat = (phi == 0) | torch.as_tensor(alpha == 1, device=phi.device)
     return torch.where(is_flat, torch.zeros_like(phi), product).to(weight.dtype)

@@ -1,0 +1,238 @@
+// Compiled once per instruction set (CMakeLists.txt), each in its own namespace.
+#include "kernels/power.h"
+
+#include <math.h>
+
+#include "simd/loop.h"
+#include "simd/math.h"
+
+namespace ppkernels::PPKERNELS_ISA {
+namespace {
+
+// ---- float32 arithmetic: one point function per formula and exact exponent
+
+struct Identity {
+  f32v operator()(f32v x) const { return x; }
+};
+
+struct SignedSquare {
+  f32v operator()(f32v x) const { return x * abs(x); }
+};
+
+// x³ and x⁴ recover the rounding error of the square. The clamp keeps inf − inf out of that; what
+// it cuts off overflows anyway.
+struct Cube {
+  f32v operator()(f32v x) const {
+    const f32v a = clamp(abs(x), 0x1p43f);
+    const f32v square = a * a;
+    return with_sign(fma(square, a, fma(a, a, -square) * a), x);
+  }
+  static f32v clamp(f32v a, float top) { return a > splat(top) ? splat(top) : a; }
+};
+
+struct SignedFourth {
+  f32v operator()(f32v x) const {
+    const f32v a = Cube::clamp(abs(x), 0x1p33f);
+    const f32v square = a * a;
+    const f32v rest = fma(a, a, -square);
+    return with_sign(fma(square, square, (square + square) * rest), x);
+  }
+};
+
+struct SignedPower {
+  explicit SignedPower(double exponent) : power(exponent, 1) {}
+  f32v operator()(f32v x) const {
+    const f32v a = abs(x);
+    return with_sign(is_special(a) ? a : power(a), x);
+  }
+  Power power;
+};
+
+struct BackwardIdentity {
+  f32v operator()(f32v grad, f32v) const { return grad; }
+};
+
+struct BackwardSquare {
+  f32v operator()(f32v grad, f32v weight) const { return grad * (abs(weight) * 2.0f); }
+};
+
+struct BackwardCube {
+  f32v operator()(f32v grad, f32v weight) const { return grad * (weight * weight * 3.0f); }
+};
+
+struct BackwardPower {
+  explicit BackwardPower(double alpha) : power(alpha - 1, alpha) {}
+  f32v operator()(f32v grad, f32v weight) const {
+    const f32v a = abs(weight);
+    return grad * (is_special(a) ? a : power(a));
+  }
+  Power power;
+};
+
+struct DoubleBackwardPower {
+  explicit DoubleBackwardPower(double alpha)
+      : power(alpha - 2, alpha * (alpha - 1)),
+        at_infinity(alpha < 2 ? 0 : alpha > 2 ? INFINITY : 2) {}
+  f32v operator()(f32v grad_grad, f32v grad, f32v weight) const {
+    const f32v a = abs(weight);
+    // Of the special lanes, NaN stays, infinity has a limit of its own, 0 is set at the end.
+    const f32v limit = a == splat(INFINITY) ? splat(at_infinity) : a;
+    const f32v curvature = with_sign(is_special(a) ? limit : power(a), weight);
+    return a == splat(0.0f) ? splat(0.0f) : grad_grad * grad * curvature;
+  }
+  Power power;
+  float at_infinity;
+};
+
+// ---- float64 arithmetic
+
+double signed_power(double x, double exponent) { return copysign(pow(fabs(x), exponent), x); }
+
+double power_backward(double grad, double weight, double alpha) {
+  return grad * (alpha * pow(fabs(weight), alpha - 1));
+}
+
+double power_double_backward(double grad_grad, double grad, double weight, double alpha) {
+  if (weight == 0 || alpha == 1) return 0;
+  if (isnan(weight)) return weight;
+  const double curvature = alpha * (alpha - 1) * pow(fabs(weight), alpha - 2);
+  return grad_grad * grad * copysign(curvature, weight);
+}
+
+// ---- exponents outside the range of `Power`: float32 in, float64 arithmetic, lane by lane
+
+struct WidePower {
+  double exponent;
+  f32v operator()(f32v x) const {
+    f32v r;
+    for (int i = 0; i < kLanes; ++i) r[i] = (float)signed_power(x[i], exponent);
+    return r;
+  }
+};
+
+struct WideBackward {
+  double alpha;
+  f32v operator()(f32v grad, f32v weight) const {
+    f32v r;
+    for (int i = 0; i < kLanes; ++i) r[i] = (float)power_backward(grad[i], weight[i], alpha);
+    return r;
+  }
+};
+
+struct WideDoubleBackward {
+  double alpha;
+  f32v operator()(f32v grad_grad, f32v grad, f32v weight) const {
+    f32v r;
+    for (int i = 0; i < kLanes; ++i)
+      r[i] = (float)power_double_backward(grad_grad[i], grad[i], weight[i], alpha);
+    return r;
+  }
+};
+
+bool in_range(double exponent) {
+  const double size = fabs(exponent);
+  return (size >= Power::kSmallestExponent && size <= Power::kLargestExponent) || size == 0;
+}
+
+// ---- entry points
+
+template <class Point, class T>
+void run(const Point& point, const T* x, T* out, int64_t n, bool stream) {
+  stream ? map_streaming(point, out, n, x) : map(point, out, n, x);
+}
+
+template <class T>
+void signed_power_as(double exponent, const void* x_, void* out_, int64_t n, bool stream) {
+  const T* x = (const T*)x_;
+  T* out = (T*)out_;
+  if (exponent == 1) return run(Identity{}, x, out, n, stream);
+  if (exponent == 2) return run(SignedSquare{}, x, out, n, stream);
+  if (exponent == 3) return run(Cube{}, x, out, n, stream);
+  if (exponent == 4) return run(SignedFourth{}, x, out, n, stream);
+  if (in_range(exponent)) return run(SignedPower(exponent), x, out, n, stream);
+  run(WidePower{exponent}, x, out, n, false);
+}
+
+void signed_power_entry(Type type, double exponent, const void* x, void* out, int64_t n,
+                        bool stream) {
+  switch (type) {
+    case Type::kFloat32:
+      return signed_power_as<float>(exponent, x, out, n, stream);
+    case Type::kBFloat16:
+      return signed_power_as<bf16>(exponent, x, out, n, stream);
+    case Type::kFloat16:
+      return signed_power_as<f16>(exponent, x, out, n, stream);
+    case Type::kFloat64:
+      for (int64_t i = 0; i < n; ++i)
+        ((double*)out)[i] = signed_power(((const double*)x)[i], exponent);
+  }
+}
+
+template <class Point, class T>
+void run(const Point& point, const T* grad, const T* weight, T* out, int64_t n, bool stream) {
+  stream ? map_streaming(point, out, n, grad, weight) : map(point, out, n, grad, weight);
+}
+
+template <class T>
+void power_backward_as(double alpha, const void* grad_, const void* weight_, void* out_, int64_t n,
+                       bool stream) {
+  const T *grad = (const T*)grad_, *weight = (const T*)weight_;
+  T* out = (T*)out_;
+  if (alpha == 1) return run(BackwardIdentity{}, grad, weight, out, n, stream);
+  if (alpha == 2) return run(BackwardSquare{}, grad, weight, out, n, stream);
+  if (alpha == 3) return run(BackwardCube{}, grad, weight, out, n, stream);
+  if (in_range(alpha - 1)) return run(BackwardPower(alpha), grad, weight, out, n, stream);
+  run(WideBackward{alpha}, grad, weight, out, n, false);
+}
+
+void power_backward_entry(Type type, double alpha, const void* grad, const void* weight, void* out,
+                          int64_t n, bool stream) {
+  switch (type) {
+    case Type::kFloat32:
+      return power_backward_as<float>(alpha, grad, weight, out, n, stream);
+    case Type::kBFloat16:
+      return power_backward_as<bf16>(alpha, grad, weight, out, n, stream);
+    case Type::kFloat16:
+      return power_backward_as<f16>(alpha, grad, weight, out, n, stream);
+    case Type::kFloat64:
+      for (int64_t i = 0; i < n; ++i)
+        ((double*)out)[i] =
+            power_backward(((const double*)grad)[i], ((const double*)weight)[i], alpha);
+  }
+}
+
+template <class T>
+void power_double_backward_as(double alpha, const void* grad_grad_, const void* grad_,
+                              const void* weight_, void* out_, int64_t n) {
+  const T *grad_grad = (const T*)grad_grad_, *grad = (const T*)grad_, *weight = (const T*)weight_;
+  T* out = (T*)out_;
+  if (alpha != 1 && in_range(alpha - 2)) {
+    map(DoubleBackwardPower(alpha), out, n, grad_grad, grad, weight);
+  } else {
+    map(WideDoubleBackward{alpha}, out, n, grad_grad, grad, weight);
+  }
+}
+
+void power_double_backward_entry(Type type, double alpha, const void* grad_grad, const void* grad,
+                                 const void* weight, void* out, int64_t n) {
+  switch (type) {
+    case Type::kFloat32:
+      return power_double_backward_as<float>(alpha, grad_grad, grad, weight, out, n);
+    case Type::kBFloat16:
+      return power_double_backward_as<bf16>(alpha, grad_grad, grad, weight, out, n);
+    case Type::kFloat16:
+      return power_double_backward_as<f16>(alpha, grad_grad, grad, weight, out, n);
+    case Type::kFloat64:
+      for (int64_t i = 0; i < n; ++i)
+        ((double*)out)[i] =
+            power_double_backward(((const double*)grad_grad)[i], ((const double*)grad)[i],
+                                  ((const double*)weight)[i], alpha);
+  }
+}
+
+}  // namespace
+
+extern const PowerKernels kPower;
+const PowerKernels kPower = {signed_power_entry, power_backward_entry, power_double_backward_entry};
+
+}  // namespace ppkernels::PPKERNELS_ISA

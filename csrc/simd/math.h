@@ -1,0 +1,85 @@
+// Powers of a point.
+#pragma once
+
+#include "simd/vec.h"
+
+namespace ppkernels::PPKERNELS_ISA {
+
+// Note [A power in two floats]
+//
+// |x|^e = 2^(e·log2|x|) loses 22 to 44 ULP over the range of float when log2|x|, up to 149 in size,
+// is one float. So the logarithm is kept in two: `hi`, the integer exponent plus a table value of
+// at most 15 fractional bits (their sum is exact), and `lo`, below 2^-4 in size, from a polynomial.
+// The exponent e is two floats as well, and the error of the product e_hi·hi is recovered by an
+// fma. What is left to round is the small part of the sum and the last addition.
+
+// Where x is 0, inf or NaN; those lanes get junk below and are set apart by the caller.
+inline i32v is_special(f32v magnitude) {
+  return (i32v)(bits(magnitude) - 1u >= 0x7f7fffffu);
+}
+
+// factor · x^exponent for finite x > 0, subnormals included; 2^-30 <= |exponent| <= 128, or 0.
+// Wherever the exact value is a normal number:
+//   factor 1, exponent in (0, 1]:  max 0.53 ULP      exponent in [1, 2]: max 0.56 ULP
+//   factor 1, exponent in [2, 8]:  max 0.75 ULP
+class Power {
+ public:
+  static constexpr double kLargestExponent = 128;
+  static constexpr double kSmallestExponent = 0x1p-30;
+
+  Power(double exponent, double factor)
+      : Power(exponent, Scaled(factor)) {}
+
+  f32v operator()(f32v x) const {
+    const Split s = split(x);
+    const u32v interval = bits(s.mantissa) >> 19;
+    const f32v r = fma(s.mantissa, inverse_[interval], splat(-1.0f));
+    f32v p = fma(splat(kLogPoly[4]), r, splat(kLogPoly[3]));
+    p = fma(p, r, splat(kLogPoly[2]));
+    p = fma(p, r, splat(kLogPoly[1]));
+    p = fma(p, r, splat(kLogPoly[0]));
+    const f32v hi = s.exponent + log_hi_[interval];
+    const f32v lo = fma(p, r, log_lo_[interval]);
+
+    const f32v y = exponent_hi_ * hi;
+    f32v rest = fma(exponent_hi_, hi, -y);
+    rest = fma(exponent_lo_, hi, rest);
+    rest = fma(exponent_hi_, lo, rest);
+
+    // Adding 1.5·2^19 rounds to a multiple of 1/16, whose 16ths are then the low four bits.
+    const f32v magic = splat(0x1.8p19f);
+    const f32v shifted = (y + rest) + magic;
+    const f32v k = shifted - magic;
+    const f32v g = (y - k) + rest;
+    f32v q = fma(splat(kExpPoly[2]), g, splat(kExpPoly[1]));
+    q = fma(q, g, splat(kExpPoly[0])) * g;
+    const u32v sixteenth = bits(shifted);
+    const f32v t = exp_hi_[sixteenth];
+    const f32v power = t + fma(t, q, exp_lo_[sixteenth]);
+    const i32v sixteenths = (i32v)(sixteenth - 0x49400000u);
+    return scale(power, k, sixteenths >> 4);
+  }
+
+ private:
+  // factor · 2^(i/16) in two floats.
+  struct Scaled {
+    explicit Scaled(double factor) {
+      for (int i = 0; i < 16; ++i) {
+        const double value = factor * kExp[i];
+        hi[i] = (float)value;
+        lo[i] = (float)(value - (double)hi[i]);
+      }
+    }
+    float hi[16], lo[16];
+  };
+
+  Power(double exponent, const Scaled& scaled)
+      : inverse_(kInverse), log_hi_(kLogHi), log_lo_(kLogLo), exp_hi_(scaled.hi),
+        exp_lo_(scaled.lo), exponent_hi_(splat((float)exponent)),
+        exponent_lo_(splat((float)(exponent - (double)(float)exponent))) {}
+
+  Table inverse_, log_hi_, log_lo_, exp_hi_, exp_lo_;
+  f32v exponent_hi_, exponent_lo_;
+};
+
+}  // namespace ppkernels::PPKERNELS_ISA

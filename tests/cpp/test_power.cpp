@@ -1,0 +1,219 @@
+// The power kernels over raw memory: accuracy, special values, remainders, alignment, aliasing.
+// Buffers are heap blocks of exactly the size in use, so that the address sanitizer sees any step
+// outside.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "check.h"
+#include "kernels/power.h"
+
+namespace {
+
+using ppkernels::Type;
+
+const ppkernels::PowerKernels* kernels;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// The same value, counting NaNs as equal and 0 and -0 as different.
+bool same(float a, float b) { return to_bits(a) == to_bits(b) || (a != a && b != b); }
+
+// A reproducible stream of numbers.
+struct Random {
+  uint64_t state = 1;
+  uint32_t next() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state >> 32);
+  }
+  float weight() { return (float(next()) / 4294967296.0f - 0.5f) * 0.4f; }
+};
+
+std::vector<float> power(double exponent, const std::vector<float>& x, bool stream = false) {
+  std::vector<float> y(x.size(), kNaN);
+  kernels->signed_power(Type::kFloat32, exponent, x.data(), y.data(), int64_t(x.size()), stream);
+  return y;
+}
+
+// Units in the last place of float at the exact value, which must be normal.
+double ulps(float y, double exact) {
+  int exponent;
+  std::frexp(exact, &exponent);
+  return std::fabs(y - exact) / std::ldexp(1.0, exponent - 24);
+}
+
+void test_accuracy() {
+  const double exponents[] = {1,   1.0001, 1.1, 1.25, 1.5, 1.75, 2,   2.5,     3,
+                              3.7, 4,      5,   6.3,  7,   8,    0.5, 1 / 1.5, 0.125};
+  for (double exponent : exponents) {
+    std::vector<float> x;
+    Random random;
+    // Every exponent of float, random mantissas: 1,000,003 is coprime to the mantissas' 2^23.
+    for (uint64_t bits = 1; bits < 0x7f800000u; bits += random.next() % 40000)
+      x.push_back(from_bits(uint32_t(bits)));
+    const std::vector<float> y = power(exponent, x);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double exact = std::pow(double(x[i]), exponent);
+      if (exact < 0x1p-126 || exact > 0x1.fffffep127) continue;
+      CHECK(ulps(y[i], exact) <= 1, "|%a|^%g is %a, exactly %a: %.3f ULP", x[i], exponent, y[i],
+            exact, ulps(y[i], exact));
+    }
+  }
+}
+
+void test_special_values() {
+  const std::vector<float> x = {0.0f, -0.0f, kInf, -kInf, kNaN, 1.0f, -1.0f};
+  for (double exponent : {1.0, 1.25, 2.0, 3.0, 4.0, 8.0, 200.0, 0.5, 1e-12}) {
+    const std::vector<float> y = power(exponent, x);
+    for (size_t i = 0; i < x.size(); ++i)
+      CHECK(same(y[i], x[i]), "power %g of %g is %g", exponent, x[i], y[i]);
+  }
+  // The limits of float: overflow, underflow, subnormal results.
+  CHECK(power(3, {-0x1p100f})[0] == -kInf, "overflow");
+  CHECK(same(power(1.5, {-0x1p-120f})[0], -0.0f), "underflow");
+  CHECK(power(1.25, {0x1p-112f})[0] == 0x1p-140f, "subnormal result");
+  CHECK(power(1.25, {0x1p-149f})[0] == 0.0f, "subnormal input");
+  CHECK(power(0.5, {0x1p-148f})[0] == 0x1p-74f, "root of a subnormal");
+}
+
+void test_backward() {
+  for (double alpha : {1.0, 1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 8.0, 150.0}) {
+    Random random;
+    std::vector<float> g(1003), h(1003), x(1003), out(1003, kNaN);
+    for (size_t i = 0; i < x.size(); ++i) {
+      g[i] = random.weight();
+      h[i] = random.weight();
+      x[i] = 4 * random.weight();
+    }
+    kernels->power_backward(Type::kFloat32, alpha, g.data(), x.data(), out.data(), 1003, false);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double exact = g[i] * (alpha * std::pow(std::fabs(double(x[i])), alpha - 1));
+      if (std::fabs(exact) < 0x1p-126) continue;
+      CHECK(ulps(out[i], exact) <= 2.5, "gradient at %a, alpha %g: %a, exactly %a", x[i], alpha,
+            out[i], exact);
+    }
+    kernels->power_double_backward(Type::kFloat32, alpha, h.data(), g.data(), x.data(), out.data(),
+                                   1003);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double size = alpha * (alpha - 1) * std::pow(std::fabs(double(x[i])), alpha - 2);
+      const double exact = double(h[i]) * g[i] * std::copysign(size, double(x[i]));
+      if (std::fabs(exact) < 0x1p-126) continue;
+      CHECK(ulps(out[i], exact) <= 4, "second gradient at %a, alpha %g: %a, exactly %a", x[i],
+            alpha, out[i], exact);
+    }
+    // At weight 0: the factor is 0 (1 for alpha = 1), and an infinite gradient must show.
+    const float grads[] = {3, kInf}, zeros[] = {-0.0f, 0.0f};
+    float at_zero[2];
+    kernels->power_backward(Type::kFloat32, alpha, grads, zeros, at_zero, 2, false);
+    CHECK(at_zero[0] == (alpha == 1 ? 3 : 0), "alpha %g: %g", alpha, at_zero[0]);
+    CHECK(!std::isfinite(at_zero[1]), "alpha %g: %g", alpha, at_zero[1]);
+    kernels->power_double_backward(Type::kFloat32, alpha, grads, grads, zeros, at_zero, 2);
+    CHECK(at_zero[0] == 0 && at_zero[1] == 0, "alpha %g: %g %g", alpha, at_zero[0], at_zero[1]);
+  }
+}
+
+// Any length, any alignment, around the cache or through it, in place or not: the same bits.
+void test_memory() {
+  Random random;
+  std::vector<float> x(203);
+  for (float& value : x) value = random.weight();
+  for (double exponent : {1.0, 1.25, 2.0, 3.0, 150.0}) {
+    const std::vector<float> whole = power(exponent, x);
+    for (int64_t n = 0; n <= 70; ++n) {
+      for (int64_t offset = 0; offset < 3; ++offset) {
+        for (bool stream : {false, true}) {
+          auto in = std::make_unique<float[]>(size_t(n + offset));
+          auto out = std::make_unique<float[]>(size_t(n + offset));
+          std::memcpy(in.get() + offset, x.data(), size_t(n) * sizeof(float));
+          kernels->signed_power(Type::kFloat32, exponent, in.get() + offset, out.get() + offset, n,
+                                stream);
+          for (int64_t i = 0; i < n; ++i)
+            CHECK(same(out[size_t(i + offset)], whole[size_t(i)]), "n %d, offset %d, stream %d",
+                  int(n), int(offset), int(stream));
+        }
+      }
+    }
+    std::vector<float> in_place = x;
+    kernels->signed_power(Type::kFloat32, exponent, in_place.data(), in_place.data(), 203, false);
+    for (size_t i = 0; i < x.size(); ++i) CHECK(same(in_place[i], whole[i]), "in place, %zu", i);
+  }
+}
+
+void test_float64() {
+  const double x[] = {0.3, -0.0, -2.0, 1e-300}, g[] = {1, 2, 3, 4};
+  double y[4];
+  kernels->signed_power(Type::kFloat64, 1.7, x, y, 4, false);
+  for (int i = 0; i < 4; ++i)
+    CHECK(y[i] == std::copysign(std::pow(std::fabs(x[i]), 1.7), x[i]), "%d: %g", i, y[i]);
+  kernels->power_backward(Type::kFloat64, 1.7, g, x, y, 4, false);
+  CHECK(y[1] == 0 && y[0] == 1.7 * std::pow(0.3, 0.7), "%g %g", y[0], y[1]);
+}
+
+// ---- half precisions: every value there is
+
+double half_value(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == 31) return mantissa != 0 ? double(kNaN) : sign * double(kInf);
+  if (exponent == 0) return sign * std::ldexp(mantissa, -24);
+  return sign * std::ldexp(1024 + mantissa, exponent - 25);
+}
+
+double bfloat_value(uint16_t bits) { return double(from_bits(uint32_t(bits) << 16)); }
+
+// `x` rounded to `bits` mantissa bits, ties to even, subnormals below 2^smallest.
+double rounded(double x, int bits, int smallest, double largest) {
+  if (x == 0 || !std::isfinite(x)) return x;
+  int exponent;
+  std::frexp(x, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - bits, smallest));
+  const double y = std::nearbyint(x / unit) * unit;
+  return std::fabs(y) > largest ? std::copysign(double(kInf), x) : y;
+}
+
+template <class Value, class Round>
+void test_half(Type type, const Value& value, const Round& round) {
+  std::vector<uint16_t> x(65536), y(65536);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = uint16_t(i);
+  // Exponents whose float32 result is correctly rounded, so that one half value is right.
+  for (double exponent : {1.0, 2.0}) {
+    kernels->signed_power(type, exponent, x.data(), y.data(), 65536, false);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double from = value(x[i]), to = value(y[i]);
+      const double exact = std::copysign(std::pow(std::fabs(from), exponent), from);
+      const double want = round(double(float(exact)));
+      CHECK((to != to && from != from) || to == want, "%g to the power %g: %g, not %g", from,
+            exponent, to, want);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  kernels = &ppkernels::power_kernels(ppkernels_test::isa_under_test());
+  test_accuracy();
+  test_special_values();
+  test_backward();
+  test_memory();
+  test_float64();
+  test_half(Type::kFloat16, half_value, [](double x) { return rounded(x, 11, -24, 65504); });
+  test_half(Type::kBFloat16, bfloat_value,
+            [](double x) { return rounded(x, 8, -133, 0x1.fep127); });
+  std::printf("power: all checks passed\n");
+  return 0;
+}
