@@ -42,9 +42,9 @@ Isa choose_isa() {
   for (int i = 0; i < ppkernels::kIsaCount; ++i) {
     if (std::strcmp(wanted, kIsaNames[i]) != 0) continue;
     require(ppkernels::is_available(Isa(i)), "PPKERNELS_CPU is ", wanted,
-                    ", which this processor or this build of ppkernels does not have; the best "
-                    "available is ",
-                    kIsaNames[int(ppkernels::best_isa())]);
+            ", which this processor or this build of ppkernels does not have; the best "
+            "available is ",
+            kIsaNames[int(ppkernels::best_isa())]);
     return Isa(i);
   }
   require(false, "PPKERNELS_CPU is ", wanted, "; it must be baseline, avx2 or avx512");
@@ -65,17 +65,16 @@ Type type_of(const char* op, const Tensor& t) {
   if (type == ScalarType::Float) return Type::kFloat32;
   if (type == ScalarType::Double) return Type::kFloat64;
   if (type == ScalarType::BFloat16) return Type::kBFloat16;
-  require(type == ScalarType::Half, op,
-          ": tensors must be float32, float64, bfloat16 or float16");
+  require(type == ScalarType::Half, op, ": tensors must be float32, float64, bfloat16 or float16");
   return Type::kFloat16;
 }
 
 double exponent_of(const char* op, const char* name, const Tensor& t) {
-  require(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.numel() == 1, op, ": ",
-                  name, " must be a 0-dim float64 tensor on the CPU, as the weight is");
+  require(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.numel() == 1, op, ": ", name,
+          " must be a 0-dim float64 tensor on the CPU, as the weight is");
   const double value = *t.const_data_ptr<double>();
-  require(value >= 1 && std::isfinite(value), op, ": ", name,
-                  " must be a finite number >= 1, got ", value);
+  require(value >= 1 && std::isfinite(value), op, ": ", name, " must be a finite number >= 1, got ",
+          value);
   return value;
 }
 
@@ -220,8 +219,7 @@ Tensor power_backward(const Tensor& grad_theta, const Tensor& weight, const Tens
   const Type type = type_of("power_backward", weight);
   check_like("power_backward", "grad_theta", grad_theta, weight);
   Tensor out = torch::stable::empty_like(weight);
-  power_backward_into(out, arranged_like(grad_theta, out), arranged_like(weight, out), type,
-                      alpha);
+  power_backward_into(out, arranged_like(grad_theta, out), arranged_like(weight, out), type, alpha);
   return out;
 }
 
@@ -278,8 +276,8 @@ STABLE_TORCH_LIBRARY_IMPL(ppkernels, CPU, m) {
 
 // Importing ppkernels._C loads this file's registrations; there is nothing else in the module.
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   // A wrong PPKERNELS_CPU is an error of the import, not of the first op.
   try {
     isa();

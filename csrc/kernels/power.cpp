@@ -19,24 +19,40 @@ struct SignedSquare {
   f32v operator()(f32v x) const { return x * abs(x); }
 };
 
-// x³ and x⁴ recover the rounding error of the square. The clamp keeps inf − inf out of that; what
-// it cuts off overflows anyway.
+// Where two operations follow each other, the rounding error of the first is recovered. The clamp
+// keeps inf − inf out of that; what it cuts off overflows anyway.
+inline f32v clamp(f32v a, float top) { return a > splat(top) ? splat(top) : a; }
+
 struct Cube {
   f32v operator()(f32v x) const {
     const f32v a = clamp(abs(x), 0x1p43f);
     const f32v square = a * a;
     return with_sign(fma(square, a, fma(a, a, -square) * a), x);
   }
-  static f32v clamp(f32v a, float top) { return a > splat(top) ? splat(top) : a; }
 };
 
 struct SignedFourth {
   f32v operator()(f32v x) const {
-    const f32v a = Cube::clamp(abs(x), 0x1p33f);
+    const f32v a = clamp(abs(x), 0x1p33f);
     const f32v square = a * a;
     const f32v rest = fma(a, a, -square);
     return with_sign(fma(square, square, (square + square) * rest), x);
   }
+};
+
+// x·√|x|, with the rounding error of the root recovered: (a − s²) / 2s.
+struct ThreeHalves {
+  f32v operator()(f32v x) const {
+    const f32v a = clamp(abs(x), 0x1p86f);
+    const f32v root = sqrt(a);
+    const f32v rest = fma(-root, root, a) / (root + root);
+    const f32v power = fma(a, root, a * rest);
+    return with_sign(a == splat(0.0f) ? a : power, x);
+  }
+};
+
+struct SignedRoot {
+  f32v operator()(f32v x) const { return with_sign(sqrt(abs(x)), x); }
 };
 
 struct SignedPower {
@@ -52,12 +68,20 @@ struct BackwardIdentity {
   f32v operator()(f32v grad, f32v) const { return grad; }
 };
 
+struct BackwardThreeHalves {
+  f32v operator()(f32v grad, f32v weight) const { return grad * (sqrt(abs(weight)) * 1.5f); }
+};
+
 struct BackwardSquare {
   f32v operator()(f32v grad, f32v weight) const { return grad * (abs(weight) * 2.0f); }
 };
 
 struct BackwardCube {
-  f32v operator()(f32v grad, f32v weight) const { return grad * (weight * weight * 3.0f); }
+  f32v operator()(f32v grad, f32v weight) const {
+    const f32v a = clamp(abs(weight), 0x1.8p63f);
+    const f32v square = a * a;
+    return grad * fma(square, splat(3.0f), fma(a, a, -square) * 3.0f);
+  }
 };
 
 struct BackwardPower {
@@ -71,8 +95,9 @@ struct BackwardPower {
 
 struct DoubleBackwardPower {
   explicit DoubleBackwardPower(double alpha)
-      : power(alpha - 2, alpha * (alpha - 1)),
-        at_infinity(alpha < 2 ? 0 : alpha > 2 ? INFINITY : 2) {}
+      : power(alpha - 2, alpha * (alpha - 1)), at_infinity(alpha < 2   ? 0
+                                                           : alpha > 2 ? INFINITY
+                                                                       : 2) {}
   f32v operator()(f32v grad_grad, f32v grad, f32v weight) const {
     const f32v a = abs(weight);
     // Of the special lanes, NaN stays, infinity has a limit of its own, 0 is set at the end.
@@ -146,6 +171,8 @@ void signed_power_as(double exponent, const void* x_, void* out_, int64_t n, boo
   const T* x = (const T*)x_;
   T* out = (T*)out_;
   if (exponent == 1) return run(Identity{}, x, out, n, stream);
+  if (exponent == 0.5) return run(SignedRoot{}, x, out, n, stream);
+  if (exponent == 1.5) return run(ThreeHalves{}, x, out, n, stream);
   if (exponent == 2) return run(SignedSquare{}, x, out, n, stream);
   if (exponent == 3) return run(Cube{}, x, out, n, stream);
   if (exponent == 4) return run(SignedFourth{}, x, out, n, stream);
@@ -179,6 +206,7 @@ void power_backward_as(double alpha, const void* grad_, const void* weight_, voi
   const T *grad = (const T*)grad_, *weight = (const T*)weight_;
   T* out = (T*)out_;
   if (alpha == 1) return run(BackwardIdentity{}, grad, weight, out, n, stream);
+  if (alpha == 1.5) return run(BackwardThreeHalves{}, grad, weight, out, n, stream);
   if (alpha == 2) return run(BackwardSquare{}, grad, weight, out, n, stream);
   if (alpha == 3) return run(BackwardCube{}, grad, weight, out, n, stream);
   if (in_range(alpha - 1)) return run(BackwardPower(alpha), grad, weight, out, n, stream);

@@ -15,8 +15,8 @@ namespace ppkernels {
 
 struct PowerKernels {
   // out = sign(x)·|x|^exponent, exponent > 0. ±0, ±inf and NaN give themselves.
-  // float32, where the exact value is normal: exponents 1 and 2 correctly rounded, others up to 8
-  // within 1 ULP (simd/math.h has the figures).
+  // float32, where the exact value is normal: exponents 0.5, 1 and 2 correctly rounded, others up
+  // to 8 within 1 ULP (simd/README.md has the figures).
   void (*signed_power)(Type type, double exponent, const void* x, void* out, int64_t n,
                        bool stream);
 

@@ -53,7 +53,9 @@ def fit(f, bound: mpf, terms: int) -> list[mpf]:
 
 def largest_error(f, bound: mpf, coefficients: list[mpf]) -> mpf:
     points = [bound * (mpf(j) / 2000 - 1) for j in range(4001)]
-    return max(abs(f(x) - sum(c * x ** (k + 1) for k, c in enumerate(coefficients))) for x in points)
+    return max(
+        abs(f(x) - sum(c * x ** (k + 1) for k, c in enumerate(coefficients))) for x in points
+    )
 
 
 def literal(x: mpf) -> str:

@@ -58,13 +58,26 @@ inline f32v fma(f32v a, f32v b, f32v c) {
   // That second rounding can only matter for a result within 2^-29 of a tie.
   const __m128 x = (__m128)a, y = (__m128)b, z = (__m128)c;
   const __m128d low = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
-  const __m128d high = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(_mm_movehl_ps(x, x)),
-                                             _mm_cvtps_pd(_mm_movehl_ps(y, y))),
-                                  _mm_cvtps_pd(_mm_movehl_ps(z, z)));
+  const __m128d high =
+      _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(_mm_movehl_ps(x, x)), _mm_cvtps_pd(_mm_movehl_ps(y, y))),
+                 _mm_cvtps_pd(_mm_movehl_ps(z, z)));
   return (f32v)_mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
 #else
   f32v r;
   for (int i = 0; i < kLanes; ++i) r[i] = (float)((double)a[i] * b[i] + c[i]);
+  return r;
+#endif
+}
+
+// The square root, correctly rounded.
+inline f32v sqrt(f32v x) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_sqrt_ps((__m256)x);
+#else
+  f32v r;
+  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_sqrtf(x[i]);
   return r;
 #endif
 }
@@ -120,8 +133,7 @@ inline Split split(f32v x) {
   const i32v is_subnormal = x < splat(0x1p-126f);
   const u32v b = bits(is_subnormal ? x * 0x1p24f : x);
   const i32v exponent = (i32v)(b >> 23) - 127 - (is_subnormal & 24);
-  return {__builtin_convertvector(exponent, f32v),
-          from_bits((b & 0x007fffffu) | 0x3f800000u)};
+  return {__builtin_convertvector(exponent, f32v), from_bits((b & 0x007fffffu) | 0x3f800000u)};
 #endif
 }
 

@@ -1,8 +1,8 @@
-"""Triton kernels of op `power` and their launchers; NVIDIA and AMD GPUs, and Triton's interpreter.
+"""Triton kernels of op `power` and their launchers, for NVIDIA and AMD GPUs.
 
-Notation: φ ``weight``, θ ``theta``, α ``alpha``; N is the number of elements. The launchers have the
-signatures of the op's schemas (op.py) and its contract: results are laid out as
-``torch.empty_like(weight)``, nothing waits for the device, and no value of α causes a compilation.
+Notation: φ ``weight``, θ ``theta``, α ``alpha``; N is the number of elements. The launchers have
+the signatures of the op's schemas (op.py) and its contract: results are laid out as
+``torch.empty_like(weight)``, nothing waits for the device, no value of α causes a compilation.
 
 # Note [The power of a point]
 |x|^e = 2^(e·log2|x|), with arithmetic, masks and shifts only: no approximate instruction of one
@@ -30,13 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Bytes of ``weight`` per program: two 128-bit accesses for each of its 128 threads. Chosen for bytes
-# in flight, not tuned on hardware. Results do not depend on it; a test in the interpreter, where a
-# program costs about a millisecond, may raise it (a power of two).
+# Bytes of ``weight`` per program, a power of two: two 128-bit accesses for each of its 128 threads.
+# Chosen for bytes in flight, not tuned on hardware. Results do not depend on it; tests in Triton's
+# interpreter, where a program costs about a millisecond, raise it.
 BLOCK_BYTES = 4096
 _WARPS = 4
 
-# max |f³·(T(f) − exact)|: 2^-21.3, 2^-32.5, 2^-64; max |r·(Q(r) − exact)|: 2^-18.5, 2^-28.2, 2^-57.8.
+# Half, single, double: max |f³·(T(f) − exact)| is 2^-21.3, 2^-32.5, 2^-64.1; max |r·(Q(r) − exact)|
+# is 2^-18.4, 2^-28.2, 2^-57.8.
 _T_HALF = tl.constexpr((0.33316925, -0.24937642, 0.2050486, -0.18487178, 0.116467796))
 _Q_HALF = tl.constexpr((0.693121, 0.24022228, 0.055922255, 0.009672212))
 _T_SINGLE = tl.constexpr(
@@ -66,12 +67,11 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _polynomial(x, COEFFICIENTS: tl.constexpr):
+def _polynomial(x, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr):
     """Σ COEFFICIENTS[i]·x^i by Horner's rule."""
-    N: tl.constexpr = len(COEFFICIENTS)
-    y = x * COEFFICIENTS[N - 1] + COEFFICIENTS[N - 2]
-    for i in tl.static_range(3, N + 1):
-        y = y * x + COEFFICIENTS[N - i]
+    y = x * COEFFICIENTS[DEGREE] + COEFFICIENTS[DEGREE - 1]
+    for i in tl.static_range(2, DEGREE + 1):
+        y = y * x + COEFFICIENTS[DEGREE - i]
     return y
 
 
@@ -102,16 +102,16 @@ def scaled_power(x, exponent, scale, PRECISE: tl.constexpr):
 
     Args:
         x: a block of float32 or float64.
-        exponent: a float64 scalar ≥ 0, or negative where every x is finite and not 0. Above 2^14 it
-            acts as 2^14.
-        scale: a float64 scalar > 0, or None for 1. Its product is taken before |x|^exponent can leave
+        exponent: a float64 scalar; above 2^14 it acts as 2^14. Where it is not positive, 0 and inf
+            are outside the function's range, but for the exponent 0 with a scale.
+        scale: a float64 scalar, or None for 1. It is multiplied in before |x|^exponent can leave
             the range.
         PRECISE: False for values that came from a half type: fewer terms.
 
-    |x| = 0, inf or NaN gives |x| itself, and ``scale`` where the exponent is 0. Where the exact value
-    is normal, exponent in [0, 8]: float32 max 1.4 ULP, float64 max 1.2 ULP, not PRECISE a relative
-    error of at most 2^-16. Exponents 0 and 1 are exact, 2 is correctly rounded (where scale is 1).
-    Subnormal values are rounded once more.
+    |x| = 0, inf or NaN gives |x| itself, and ``scale`` where the exponent is 0. Where the exact
+    value is normal, exponent in [0, 8]: float32 max 1.3 ULP (2.2 with a scale), float64 max 2 ULP,
+    not PRECISE a relative error of at most 2^-16. Exponents 0 and 1 are exact where scale is 1, and
+    2 is correctly rounded if PRECISE. Subnormal values are rounded once more.
     """
     DTYPE: tl.constexpr = x.dtype
     DOUBLE: tl.constexpr = DTYPE == tl.float64
@@ -126,6 +126,8 @@ def scaled_power(x, exponent, scale, PRECISE: tl.constexpr):
     LIMIT: tl.constexpr = 1200.0 if DOUBLE else 200.0
     T: tl.constexpr = _T_DOUBLE if DOUBLE else (_T_SINGLE if PRECISE else _T_HALF)
     Q: tl.constexpr = _Q_DOUBLE if DOUBLE else (_Q_SINGLE if PRECISE else _Q_HALF)
+    T_DEGREE: tl.constexpr = 20 if DOUBLE else (8 if PRECISE else 4)
+    Q_DEGREE: tl.constexpr = 10 if DOUBLE else (5 if PRECISE else 3)
 
     # |x| = 2^k·(1+f); subnormal numbers are scaled up to have a leading bit.
     size = tl.abs(x)
@@ -146,35 +148,39 @@ def scaled_power(x, exponent, scale, PRECISE: tl.constexpr):
         c_high, c_low = _split(bounded * _LOG2_E, DTYPE, 28 if DOUBLE else 14)
         f_high = _cut(near_one, 39 if DOUBLE else 17) - 1.0
         u = f_high - 0.5 * f_high * f_high
-        rest = f * f * f * _polynomial(f, T) + (f - f_high) * (1.0 - 0.5 * (f_high + f))
+        rest = f * f * f * _polynomial(f, T, T_DEGREE) + (f - f_high) * (1.0 - 0.5 * (f_high + f))
         integral = e_high * k  # exact, and at least as large as the next, or 0
         fraction = c_high * u  # exact
         high = integral + fraction
         low = c * rest + (c_low * u + (e_low * k + (fraction - (high - integral))))
     else:
         high = bounded.to(DTYPE) * k
-        low = c * (f - f * f * (0.5 - f * _polynomial(f, T)))
+        low = c * (f - f * f * (0.5 - f * _polynomial(f, T, T_DEGREE)))
 
     # 2^(n+r), |r| ≤ 1/2; 2^n in two factors, so that subnormal and largest results come out.
     n = (high + low) + ROUNDER
     r = (high - (n - ROUNDER)) + low
-    power = r * _polynomial(r, Q)
+    power = r * _polynomial(r, Q, Q_DEGREE)
     if scale is None:
         scale_high = 1.0
         power = power + 1.0
     else:
         scale_high, scale_low = _split(scale, DTYPE, 0)
         power = scale_high + (scale_high * power + scale_low)
-    n = _bits(tl.minimum(tl.maximum(n, ROUNDER - LIMIT), ROUNDER + LIMIT))
+    # As a plain float argument of tl.minimum the bound would be a float32.
+    smallest, largest = tl.full((), ROUNDER - LIMIT, DTYPE), tl.full((), ROUNDER + LIMIT, DTYPE)
+    n = _bits(tl.minimum(tl.maximum(n, smallest), largest))
     half = (n << (MANTISSA - 1)) >> MANTISSA << MANTISSA
     power = power * (half + ONE).to(DTYPE, bitcast=True)
     power = power * ((n << MANTISSA) - half + ONE).to(DTYPE, bitcast=True)
 
     if PRECISE:
         power = tl.where(exponent == 2.0, scale_high * size * size, power)
-        power = tl.where(exponent == 1.0, scale_high * size, power)
-    is_special = (size == 0.0) | (_bits(size) >= INFINITY)
-    return tl.where(is_special, tl.where(exponent == 0.0, scale_high, size), power)
+    power = tl.where(exponent == 1.0, scale_high * size, power)
+    special = size
+    if scale is not None:
+        special = tl.where(exponent == 0.0, scale_high, size)
+    return tl.where((size == 0.0) | (_bits(size) >= INFINITY), special, power)
 
 
 @triton.jit
@@ -193,12 +199,12 @@ def power_slope(weight, alpha, PRECISE: tl.constexpr):
 
 @triton.jit
 def power_curvature(weight, alpha, PRECISE: tl.constexpr):
-    """d²θ/dφ² = α(α−1)·sign(φ)·|φ|^(α−2); 0 where φ = 0 or α = 1."""
+    """d²θ/dφ² = α(α−1)·sign(φ)·|φ|^(α−2) for φ ≠ 0 and α > 1; sign(NaN) = 0 as in torch."""
     exponent = alpha - 2.0
     power = scaled_power(weight, exponent, alpha * (alpha - 1.0), PRECISE)
-    power = tl.where((tl.abs(weight) == float("inf")) & (exponent < 0.0), 0.0, power)
-    signed = tl.where(weight < 0.0, -power, tl.where(weight > 0.0, power, power * 0.0))
-    return tl.where((weight == 0.0) | (alpha == 1.0), 0.0, signed)
+    infinite = tl.where(exponent < 0.0, 0.0, power)
+    power = tl.where(tl.abs(weight) == float("inf"), infinite, power)
+    return tl.where(weight < 0.0, -power, tl.where(weight > 0.0, power, power * 0.0))
 
 
 # ---- kernels: load, point, store
@@ -219,7 +225,7 @@ def _exponent(alpha):
 def _load(values, start, numel, BLOCK: tl.constexpr):
     """The block at ``start``, half types as float32.
 
-    Only the last block has a mask: a mask of unknown length would narrow every access to one element.
+    Only the last block has a mask: one of unknown length would narrow every access to one element.
     """
     offsets = tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
@@ -279,7 +285,7 @@ def power_double_backward_kernel(
     phi = _load(weight, start, numel, BLOCK)
     product = _load(grad_grad_weight, start, numel, BLOCK) * _load(grad_theta, start, numel, BLOCK)
     product = product * power_curvature(phi, exponent, PRECISE)
-    product = tl.where((phi == 0.0) | (exponent == 1.0), 0.0, product)
+    product = tl.where(exponent == 1.0, 0.0, tl.where(phi == 0.0, 0.0, product))
     _store(out, product, start, numel, BLOCK)
 
 
@@ -332,7 +338,7 @@ def _signed_power(x: Tensor, numerator: Tensor | None, denominator: Tensor | Non
 
 
 def _launch(kernel: Any, inputs: list[Tensor], out: Tensor, *exponents: Tensor | None) -> None:
-    """Runs ``kernel`` over the memory of ``out``, which is dense; copies inputs laid out otherwise."""
+    """Runs ``kernel`` over the memory of ``out`` (dense), after copying inputs of other layouts."""
     numel = out.numel()
     if numel == 0:
         return
@@ -351,8 +357,8 @@ def _launch(kernel: Any, inputs: list[Tensor], out: Tensor, *exponents: Tensor |
 def _kernel_argument(alpha: Tensor | None, device: torch.device) -> Tensor | int | None:
     """α as a kernel takes it: where it lies on the device, its address; from the CPU, its bits.
 
-    Reading a CPU tensor waits for nothing, and passing its bits along with the launch spares a copy to
-    the device, which CUDA graphs could not record. A plain float argument would be rounded to float32.
+    Reading a CPU tensor waits for nothing, and passing its bits along with the launch spares a copy
+    to the device, which CUDA graphs could not record. A float argument would be rounded to float32.
     """
     if alpha is None or alpha.device == device:
         return alpha

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppkernels import _backend
 from ppkernels._checks import alpha_tensor, check_alpha, check_floating, check_like
@@ -392,7 +391,7 @@ class Power(torch.autograd.Function):
         return _power(weight, alpha)
 
     @staticmethod
-    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None]:
         weight, alpha = ctx.saved_tensors
         # The second Function costs some µs; without a double backward the op alone will do.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -414,7 +413,7 @@ class _TransformablePower(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None]:
         weight, alpha = ctx.saved_tensors
         return _PowerBackward.apply(grad_theta, weight, alpha), None
 
@@ -433,11 +432,33 @@ class _PowerBackward(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_grad_weight: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_theta, weight, alpha = ctx.saved_tensors
         return (
-            _power_backward(grad_grad_weight, weight, alpha),
-            _power_double_backward(grad_grad_weight, grad_theta, weight, alpha),
+            _PowerBackward.apply(grad_grad_weight, weight, alpha),
+            _PowerDoubleBackward.apply(grad_grad_weight, grad_theta, weight, alpha),
             None,
+        )
+
+
+class _PowerDoubleBackward(torch.autograd.Function):
+    """h·g·α(α−1)·sign(φ)|φ|^(α−2), the end of the line: asking for its gradient is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: Tensor
+    ) -> Tensor:
+        return _power_double_backward(grad_grad_weight, grad_theta, weight, alpha)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError(
+            "power: the third derivative is not implemented; it is infinite at 0 for every "
+            "exponent below 3 but 1 and 2"
         )

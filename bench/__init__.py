@@ -1,0 +1,1 @@
+"""Measurements of ppkernels against what else there is. Start with README.md; not installed."""

@@ -1,0 +1,297 @@
+"""The rows: what is measured, against what. Adding an op is adding a row to `ROWS`.
+
+φ is ``weight``, θ ``theta``, α ``alpha``; N is the number of elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import ppkernels as pp
+from bench import models
+from bench.row import Bar, Build, Call, Row
+
+IN_MEMORY = 64 * 2**20
+IN_CACHE = 64 * 2**10
+QUICK = 2**20
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The inputs of an elementwise row: N values of each name it asks for, and an output."""
+
+    weight: Tensor  # [N]
+    grad: Tensor  # [N]
+    grad_grad: Tensor  # [N]
+    out: Tensor  # [N]
+
+
+def tensors(
+    dtype: torch.dtype = torch.float32,
+    grads: int = 0,
+    has_out: bool = True,
+    is_positive: bool = False,
+) -> Callable[[int], Tensors]:
+    """Weights of a usual scale, ``grads`` gradients, and an output; what is not asked is empty."""
+
+    def make(size: int) -> Tensors:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(size, generator=generator).mul_(0.1).to(dtype)
+        gradients = [torch.randn(size, generator=generator).to(dtype) for _ in range(grads)]
+        grad, grad_grad = gradients + [torch.empty(0, dtype=dtype)] * (2 - grads)
+        # Written once here, so that no contender pays for the first touch of its pages.
+        out = torch.empty(size if has_out else 0, dtype=dtype).zero_()
+        return Tensors(weight.abs_() if is_positive else weight, grad, grad_grad, out)
+
+    return make
+
+
+def compiled(formula: Callable[..., Tensor], *names: str) -> Build:
+    """torch.compile of ``formula`` over the named inputs, with fixed shapes (its best case)."""
+
+    def build(x: Tensors) -> Call:
+        function = torch.compile(formula, dynamic=False)
+        inputs = [getattr(x, name) for name in names]
+        return lambda: function(*inputs)
+
+    return build
+
+
+def power_rows() -> list[Row]:
+    """θ = φ·|φ|^(α−1) into an existing tensor: in memory, in cache, and in bfloat16."""
+    rows = []
+    for alpha in (1.25, 1.5, 2.0, 1.0):
+        bars = (
+            Bar("times", 1.15, "copy_"),
+            Bar("faster", 10, "eager"),
+            Bar("faster", 6, "compiled"),
+            Bar("faster", 6, "compiled, into out"),
+        )
+        rows.append(_power_row("memory", alpha, bars=bars if alpha == 1.25 else ()))
+    in_cache = Bar("faster", 4, "torch.pow")
+    rows.append(_power_row("cache", 1.25, bars=(in_cache,)))
+    rows.append(_power_row("cache", 1.5))
+    rows.append(_power_row("memory", 1.25, dtype=torch.bfloat16))
+    return rows
+
+
+def _power_row(
+    place: str, alpha: float, dtype: torch.dtype = torch.float32, bars: tuple[Bar, ...] = ()
+) -> Row:
+    def eager(weight: Tensor) -> Tensor:
+        return weight * weight.abs().pow(alpha - 1)
+
+    def eager_into(weight: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(weight * weight.abs().pow(alpha - 1))
+
+    in_cache = place == "cache"
+    rivals: dict[str, Build] = {
+        "copy_": lambda x: lambda: x.out.copy_(x.weight),
+        "eager": lambda x: lambda: eager(x.weight),
+        "compiled": compiled(eager, "weight"),
+        "compiled, into out": compiled(eager_into, "weight", "out"),
+    }
+    if in_cache:
+        # |φ|^α only: no sign, and NaN for φ < 0. The row's inputs are positive, so all agree.
+        rivals["torch.pow"] = lambda x: lambda: torch.pow(x.weight, alpha, out=x.out)
+    return Row(
+        name=f"power/{place}/{str(dtype).removeprefix('torch.')}/alpha={alpha:g}",
+        suite="power",
+        ops=("power",),
+        inputs=tensors(dtype, is_positive=in_cache),
+        ours=lambda x: lambda: pp.power(x.weight, alpha, out=x.out),
+        rivals=rivals,
+        size=IN_CACHE if in_cache else IN_MEMORY,
+        quick_size=IN_CACHE if in_cache else QUICK,
+        dtype=dtype,
+        streams=("read weight", "write theta"),
+        roof="copy_",
+        threads=1 if in_cache else None,
+        in_cache=in_cache,
+        bars=bars,
+        # The rivals round twice in bfloat16, whose steps are 2^-8 of the value.
+        rtol=2e-2 if dtype == torch.bfloat16 else 2e-5,
+    )
+
+
+def backward_rows() -> list[Row]:
+    """∂L/∂φ = g·α|φ|^(α−1) into an existing tensor."""
+    return [
+        _backward_row(1.25, bars=(Bar("times", 1.15, "torch.add"),)),
+        _backward_row(1.5),
+        _backward_row(2.0),
+    ]
+
+
+def _backward_row(alpha: float, bars: tuple[Bar, ...] = ()) -> Row:
+    def eager(grad: Tensor, weight: Tensor) -> Tensor:
+        return grad * (alpha * weight.abs().pow(alpha - 1))
+
+    def eager_into(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(grad * (alpha * weight.abs().pow(alpha - 1)))
+
+    return Row(
+        name=f"power_backward/memory/float32/alpha={alpha:g}",
+        suite="power",
+        ops=("power_backward",),
+        inputs=tensors(grads=1),
+        ours=lambda x: lambda: pp.power_backward(x.grad, x.weight, alpha, out=x.out),
+        rivals={
+            "torch.add": lambda x: lambda: torch.add(x.grad, x.weight, out=x.out),
+            "eager": lambda x: lambda: eager(x.grad, x.weight),
+            "compiled": compiled(eager, "grad", "weight"),
+            "compiled, into out": compiled(eager_into, "grad", "weight", "out"),
+        },
+        size=IN_MEMORY,
+        quick_size=QUICK,
+        streams=("read grad_theta", "read weight", "write grad_weight"),
+        roof="torch.add",
+        bars=bars,
+    )
+
+
+def allocating_rows() -> list[Row]:
+    """Ops that return a new tensor; the roof allocates one as well, and pays its page faults."""
+    alpha, other = 1.25, 2.0
+
+    def inverse(theta: Tensor) -> Tensor:
+        return theta.sign() * theta.abs().pow(1 / alpha)
+
+    def rebased(weight: Tensor) -> Tensor:
+        return weight.sign() * weight.abs().pow(alpha / other)
+
+    def forward(weight: Tensor) -> Tensor:
+        return weight * weight.abs().pow(alpha - 1)
+
+    def backward(grad: Tensor, weight: Tensor) -> Tensor:
+        return grad * (alpha * weight.abs().pow(alpha - 1))
+
+    def double_backward(grad_grad: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        factor = alpha * (alpha - 1)
+        return grad_grad * grad * (factor * weight.abs().pow(alpha - 2) * weight.sign())
+
+    one, two = ("weight",), ("grad", "weight")
+    three = ("grad_grad", *two)
+    return [
+        _allocating_row("power", one, forward, lambda w: pp.power(w, alpha), torch.clone),
+        _allocating_row(
+            "power_backward", two, backward, lambda g, w: pp.power_backward(g, w, alpha), torch.add
+        ),
+        _allocating_row(
+            "power_double_backward",
+            three,
+            double_backward,
+            lambda h, g, w: pp.power_double_backward(h, g, w, alpha),
+            torch.addcmul,
+        ),
+        _allocating_row(
+            "inverse_power", one, inverse, lambda t: pp.inverse_power(t, alpha), torch.clone
+        ),
+        _allocating_row("rebase", one, rebased, lambda w: pp.rebase(w, alpha, other), torch.clone),
+    ]
+
+
+def _allocating_row(
+    op: str,
+    names: tuple[str, ...],
+    formula: Callable[..., Tensor],
+    function: Callable[..., Tensor],
+    roof: Callable[..., Tensor],
+) -> Row:
+    roof_name = f"torch.{roof.__name__}"
+
+    def bind(call: Callable[..., Tensor]) -> Build:
+        def build(x: Tensors) -> Call:
+            inputs = [getattr(x, name) for name in names]
+            return lambda: call(*inputs)
+
+        return build
+
+    return Row(
+        name=f"{op}/allocating/float32/alpha=1.25",
+        suite="power",
+        ops=(op,),
+        inputs=tensors(grads=len(names) - 1, has_out=False),
+        ours=bind(function),
+        rivals={
+            roof_name: bind(roof),
+            "eager": bind(formula),
+            "compiled": compiled(formula, *names),
+        },
+        size=IN_MEMORY,
+        quick_size=QUICK,
+        streams=(*(f"read {name}" for name in names), "write the result"),
+        roof=roof_name,
+    )
+
+
+def layer_rows() -> list[Row]:
+    """What a powered layer adds to nn.Linear where the layer is small: calls, not arithmetic."""
+    return [
+        Row(
+            name=f"layer/stores={stores}/alpha=1.5",
+            suite="layers",
+            ops=("power", "power_backward"),
+            inputs=models.layer_inputs,
+            ours=models.forward_backward(models.powered(1.5, stores)),
+            rivals={
+                "nn.Linear": models.forward_backward(models.dense),
+                "eager": models.forward_backward(models.handwritten(1.5)),
+            },
+            size=64,
+            quick_size=64,
+            unit="features",
+            in_cache=True,
+            bars=(Bar("us_above", limit, "nn.Linear"),),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+        for stores, limit in (("phi", 15), ("theta", 2))
+    ]
+
+
+def training_rows() -> list[Row]:
+    """A whole step of a 3 x N MLP with a head of 10, batch 128, SGD with momentum."""
+    rows = []
+    for alpha in (1.25, 1.5):
+        handwritten = models.handwritten(alpha)
+        for stores, optimizer in (("phi", models.fused_sgd), ("theta", models.power_sgd)):
+            bars = (Bar("times", 1.5, "dense"), Bar("faster", 1.5, "compiled"))
+            rows.append(
+                Row(
+                    name=f"training_step/stores={stores}/alpha={alpha:g}",
+                    suite="training_step",
+                    ops=("power", "power_backward"),
+                    inputs=models.training_inputs,
+                    ours=models.training_step(models.powered(alpha, stores), optimizer),
+                    rivals={
+                        "dense": models.training_step(models.dense, models.fused_sgd),
+                        "eager": models.training_step(handwritten, models.fused_sgd),
+                        "compiled": models.training_step(
+                            handwritten, models.fused_sgd, is_compiled=True
+                        ),
+                    },
+                    size=2048,
+                    quick_size=256,
+                    unit="features",
+                    flops=models.training_flops,
+                    bars=bars if stores == "phi" else (),
+                    rtol=1e-3,
+                    atol=1e-4,
+                )
+            )
+    return rows
+
+
+ROWS: tuple[Row, ...] = (
+    *power_rows(),
+    *backward_rows(),
+    *allocating_rows(),
+    *layer_rows(),
+    *training_rows(),
+)
+"""Every row, in the order in which they are measured and printed."""

@@ -1,0 +1,202 @@
+"""From a row to its result, and to the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import ppkernels as pp
+from bench.row import OURS, Call, Row
+from bench.timing import Load, Measurement, measure, thread_count
+from ppkernels.testing import check_values
+
+BAR_THREADS = 2
+"""The bars are stated for two threads (a row with a fixed count keeps its own)."""
+
+COMPARED_AT_ONCE = 2**20
+"""Values are compared in pieces: the temporaries of 64 Mi at once would be a gigabyte."""
+
+
+class WrongValues(Exception):
+    """Contenders of a row do not return the same values, so their times mean nothing."""
+
+
+@dataclass(frozen=True)
+class ContenderResult:
+    """One line of the table. Rates count the row's bytes and operations, whoever does the work."""
+
+    median_s: float
+    quartile1_s: float
+    quartile3_s: float
+    time_over_ours: float
+    gb_per_s: float | None
+    gflop_per_s: float | None
+    share_of_roof: float | None
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range as a share of the median."""
+        return (self.quartile3_s - self.quartile1_s) / self.median_s
+
+
+@dataclass(frozen=True)
+class BarResult:
+    """A bar and what came; ``reached`` is None where the run cannot judge it."""
+
+    sentence: str
+    limit: float
+    measured: float
+    measured_text: str
+    reached: bool | None
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What one interleaved run of a row gave."""
+
+    name: str
+    size: int
+    unit: str
+    dtype: str
+    threads: int
+    in_cache: bool
+    streams: tuple[str, ...]
+    bytes_moved: int | None
+    flops: int | None
+    rounds: int
+    roof: str | None
+    contenders: Mapping[str, ContenderResult]
+    bars: tuple[BarResult, ...]
+    load: Load
+    busy: bool
+    date: str
+    torch: str
+    instruction_set: str
+
+
+def failing_ops(names: Iterable[str]) -> dict[str, str]:
+    """The ops among ``names`` whose values are wrong, with the first line of what was found."""
+    failures = {}
+    for name in dict.fromkeys(names):
+        try:
+            check_values(name, device="cpu")
+        except AssertionError as error:
+            failures[name] = str(error).strip().partition("\n")[0] or "its check failed"
+    return failures
+
+
+def build_calls(row: Row, size: int) -> dict[str, Call]:
+    """Every contender of ``row`` on one set of inputs; the thread count must be set already."""
+    # Compiled rivals of many rows share code objects; past a limit of recompilations, or with a
+    # second alpha, dynamo would quietly fall back to slower code.
+    torch.compiler.reset()
+    inputs = row.inputs(size)
+    return {name: build(inputs) for name, build in row.contenders.items()}
+
+
+def check_agreement(row: Row, calls: Mapping[str, Call]) -> None:
+    """Raise `WrongValues` unless all contenders but the roof return what ours returns."""
+    expected = calls[OURS]().detach().clone()
+    for name, call in calls.items():
+        if name not in (OURS, row.roof):
+            _check_close(row, name, call().detach(), expected)
+
+
+def _check_close(row: Row, name: str, actual: Tensor, expected: Tensor) -> None:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise WrongValues(
+            f"{row.name}: {name} returns {tuple(actual.shape)} {actual.dtype}, "
+            f"{OURS} {tuple(expected.shape)} {expected.dtype}"
+        )
+    pieces = (values.reshape(-1).split(COMPARED_AT_ONCE) for values in (actual, expected))
+    for a, e in zip(*pieces, strict=True):
+        if not torch.allclose(a, e, rtol=row.rtol, atol=row.atol):
+            difference = (a.double() - e.double()).abs().max().item()
+            raise WrongValues(
+                f"{row.name}: {name} and {OURS} differ by up to {difference:.3g}, "
+                f"more than rtol={row.rtol:g}, atol={row.atol:g} allow"
+            )
+
+
+def measure_row(row: Row, threads: int, budget: float, is_quick: bool = False) -> RowResult:
+    """Build, compare, and time the contenders of ``row`` in turns, for about ``budget`` seconds.
+
+    Raises:
+        WrongValues: the contenders disagree; nothing was timed.
+    """
+    size = row.quick_size if is_quick else row.size
+    count = row.threads or threads
+    with thread_count(count), torch.enable_grad():
+        calls = build_calls(row, size)
+        check_agreement(row, calls)
+        measured = measure(calls, budget, in_cache=row.in_cache)
+    is_judged = not is_quick and (row.threads is not None or count == BAR_THREADS)
+    return RowResult(
+        name=row.name,
+        size=size,
+        unit=row.unit,
+        dtype=str(row.dtype).removeprefix("torch."),
+        threads=count,
+        in_cache=row.in_cache,
+        streams=row.streams,
+        bytes_moved=row.bytes_moved(size),
+        flops=row.flops(size) if row.flops else None,
+        rounds=len(measured.seconds[OURS]),
+        roof=row.roof,
+        contenders={name: _contender(row, size, measured, name) for name in calls},
+        bars=_bars(row, measured, is_judged),
+        load=measured.load,
+        busy=measured.load.is_busy,
+        date=date.today().isoformat(),
+        torch=torch.__version__,
+        instruction_set=pp.cpu_capability(),
+    )
+
+
+def _contender(row: Row, size: int, measured: Measurement, name: str) -> ContenderResult:
+    seconds = measured.median(name)
+    moved = row.bytes_moved(size)
+    first, third = measured.quartiles(name)
+    return ContenderResult(
+        median_s=seconds,
+        quartile1_s=first,
+        quartile3_s=third,
+        time_over_ours=measured.ratio(name, OURS),
+        gb_per_s=moved / seconds / 1e9 if moved else None,
+        gflop_per_s=row.flops(size) / seconds / 1e9 if row.flops else None,
+        share_of_roof=measured.ratio(row.roof, name) if row.roof else None,
+    )
+
+
+def _bars(row: Row, measured: Measurement, is_judged: bool) -> tuple[BarResult, ...]:
+    results = []
+    for bar in row.bars:
+        value = bar.measured(measured.seconds[OURS], measured.seconds[bar.rival])
+        reached = bar.reached(value) if is_judged else None
+        text = bar.format(value)
+        results.append(BarResult(bar.sentence(), bar.limit, value, text, reached))
+    return tuple(results)
+
+
+def save(
+    path: Path, facts: Mapping[str, object], roof: list[dict[str, object]], rows: list[RowResult]
+) -> None:
+    """Write ``rows`` into the machine's file; rows of other names that it holds are kept.
+
+    Every row carries its own date, torch version, thread count and load, since rows of one file
+    may stem from several runs; machine facts and roof are those of the last.
+    """
+    kept = json.loads(path.read_text())["rows"] if path.exists() else {}
+    content = {
+        "machine": dict(facts),
+        "roof": roof,
+        "rows": {**kept, **{row.name: asdict(row) for row in rows}},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,108 @@
+"""What a row of the registry holds: an op at a size, its rivals, its bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+OURS = "ppkernels"
+
+Call = Callable[[], torch.Tensor]
+"""One timed call. Its result is compared with the other contenders', never timed."""
+Build = Callable[[Any], Call]
+"""Takes the row's inputs and gives the call; what it does itself (models, buffers) is not timed."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise about the time of ppkernels, t, next to the time of one rival, r.
+
+    ``kind`` says which number must keep to ``limit``: ``"times"`` t/r at most, ``"faster"`` r/t at
+    least, ``"us_above"`` t − r in µs at most. It is the median over the rounds of one run.
+    """
+
+    kind: Literal["times", "faster", "us_above"]
+    limit: float
+    rival: str
+
+    def measured(self, ours: list[float], rival: list[float]) -> float:
+        """The number that the bar limits; ``ours`` and ``rival`` are seconds per round."""
+        rounds = zip(ours, rival, strict=True)
+        if self.kind == "times":
+            return median(t / r for t, r in rounds)
+        if self.kind == "faster":
+            return median(r / t for t, r in rounds)
+        return median((t - r) * 1e6 for t, r in rounds)
+
+    def reached(self, value: float) -> bool:
+        """Whether ``value``, as `measured` gives it, keeps the promise."""
+        return value >= self.limit if self.kind == "faster" else value <= self.limit
+
+    def sentence(self) -> str:
+        """The promise in words."""
+        if self.kind == "times":
+            return f"at most {self.limit:g}x the time of {self.rival}"
+        if self.kind == "faster":
+            return f"at least {self.limit:g}x faster than {self.rival}"
+        return f"at most {self.limit:g} µs above {self.rival}"
+
+    def format(self, value: float) -> str:
+        """``value``, as `measured` gives it, with its unit."""
+        return f"{value:.1f} µs" if self.kind == "us_above" else f"{value:.2f}x"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: our call and its rivals on the same inputs, in one interleaved run.
+
+    Attributes:
+        name: unique; ``python -m bench`` selects rows by parts of it.
+        suite: the pytest-benchmark file that times it: test_<suite>.py.
+        ops: the ops it runs on; nothing is timed where one of them fails its value check.
+        inputs: makes the inputs from a size, the same at every call.
+        ours: builds our call from the inputs.
+        rivals: the other contenders by name, built from the same inputs. All must return the
+            values that ours returns, within ``rtol`` and ``atol``, but for the roof.
+        size, quick_size: N, what ``inputs`` is called with; quick sizes judge no bar.
+        unit: what N counts.
+        dtype: of the inputs.
+        streams: what one call must at least read and write, N elements each; the bytes follow.
+        flops: floating-point operations of one call from N, where they set the speed.
+        roof: the rival that only moves the same bytes: what the memory allows.
+        threads: a fixed count for this row; None takes the run's.
+        in_cache: the inputs stay in the processor's cache: each sample starts with an untimed call.
+        bars: what the row promises.
+        rtol, atol: how close the contenders' values must be, element by element.
+    """
+
+    name: str
+    suite: str
+    ops: tuple[str, ...]
+    inputs: Callable[[int], Any]
+    ours: Build
+    rivals: Mapping[str, Build]
+    size: int
+    quick_size: int
+    unit: str = "elements"
+    dtype: torch.dtype = torch.float32
+    streams: tuple[str, ...] = ()
+    flops: Callable[[int], int] | None = None
+    roof: str | None = None
+    threads: int | None = None
+    in_cache: bool = False
+    bars: tuple[Bar, ...] = field(default=())
+    rtol: float = 2e-5
+    atol: float = 0.0
+
+    @property
+    def contenders(self) -> dict[str, Build]:
+        """Ours first, then the rivals, in the registry's order."""
+        return {OURS: self.ours, **self.rivals}
+
+    def bytes_moved(self, size: int) -> int | None:
+        """Streams x N x bytes of an element; None where no streams are given."""
+        return len(self.streams) * size * self.dtype.itemsize if self.streams else None

@@ -1,0 +1,107 @@
+"""The tables that `python -m bench` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.results import BarResult, ContenderResult, RowResult
+from bench.row import OURS
+
+_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    scale, unit = next((pair for pair in _UNITS if seconds >= pair[0]), _UNITS[-1])
+    return f"{seconds / scale:.3g} {unit}" if seconds < 999 * scale else f"{seconds / scale:.0f} s"
+
+
+def count(number: int) -> str:
+    """64 Mi, 64 Ki, or the number."""
+    for scale, letter in ((2**20, "Mi"), (2**10, "Ki")):
+        if number >= scale and number % scale == 0:
+            return f"{number // scale} {letter}"
+    return str(number)
+
+
+def print_machine(
+    console: Console, facts: Mapping[str, object], roof: Sequence[Mapping[str, object]]
+) -> None:
+    """The facts in one paragraph, and the copy bandwidth at each size."""
+    console.print(
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, "
+        f"{facts['memory_gib']} GiB; kernels: {facts['instruction_set']}; torch {facts['torch']} "
+        f"({facts['torch_instruction_set']}), Python {facts['python']}",
+        highlight=False,
+    )
+    table = Table("float32 values", "threads", "copy_", "GB/s read + write", title="Roof")
+    for entry in roof:
+        table.add_row(
+            count(int(str(entry["elements"]))),
+            str(entry["threads"]),
+            duration(float(str(entry["seconds"]))),
+            f"{entry['gb_per_s']:.1f}{' (busy)' if entry['busy'] else ''}",
+        )
+    console.print(table)
+
+
+def print_row(console: Console, row: RowResult) -> None:
+    """One row: its contenders, its bars, and a warning where other work disturbed it."""
+    streams = ", ".join(row.streams)
+    work = f", {row.bytes_moved / 2**20:g} MiB moved ({streams})" if row.bytes_moved else ""
+    size = count(row.size) if row.unit == "elements" else row.size
+    console.print(
+        f"\n[bold]{escape(row.name)}[/bold]  {size} {row.unit}, {row.threads} "
+        f"thread{'s' if row.threads > 1 else ''}{', in cache' if row.in_cache else ''}{work}, "
+        f"{row.rounds} rounds",
+        highlight=False,
+    )
+    columns: dict[str, Callable[[ContenderResult], str]] = {
+        "median": lambda result: duration(result.median_s),
+        "spread": lambda result: f"{result.spread:.0%}",
+        "GB/s": lambda result: f"{result.gb_per_s:.1f}",
+        "GFLOP/s": lambda result: f"{result.gflop_per_s:.1f}",
+        "of roof": lambda result: f"{result.share_of_roof:.0%}",
+        "time / ours": lambda result: f"{result.time_over_ours:.2f}",
+    }
+    absent = {"GB/s": not row.streams, "GFLOP/s": not row.flops, "of roof": not row.roof}
+    columns = {title: text for title, text in columns.items() if not absent.get(title, False)}
+    table = Table("contender")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for name, result in row.contenders.items():
+        label = f"{name} (roof)" if name == row.roof else name
+        cells = [text(result) for text in columns.values()]
+        table.add_row(label, *cells, style="bold" if name == OURS else "")
+    console.print(table)
+    if row.busy:
+        console.print(f"[yellow]too busy to trust:[/yellow] {row.load.sentence()}", highlight=False)
+    for bar in row.bars:
+        console.print(f"  {_verdict(bar, row.busy)}", highlight=False)
+
+
+def print_bars(console: Console, rows: Sequence[RowResult]) -> None:
+    """All bars of the run in one table."""
+    table = Table("row", "bar", "measured", "", title="Bars")
+    table.columns[0].overflow = "fold"
+    for row in rows:
+        for bar in row.bars:
+            table.add_row(row.name, bar.sentence, bar.measured_text, _word(bar, row.busy))
+    if table.row_count:
+        console.print()
+        console.print(table)
+
+
+def _verdict(bar: BarResult, is_busy: bool) -> str:
+    return f"{_word(bar, is_busy)}: {bar.sentence}; measured {bar.measured_text}"
+
+
+def _word(bar: BarResult, is_busy: bool) -> str:
+    if bar.reached is None:
+        return "[dim]not judged[/dim]"
+    word = "[green]reached[/green]" if bar.reached else "[red]missed[/red]"
+    return f"{word} (busy)" if is_busy else word

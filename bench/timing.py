@@ -1,0 +1,211 @@
+"""Interleaved timing of several contenders, and whether other work disturbed it.
+
+Contenders take turns within one run, in another order each round, so that a machine that grows
+slower or faster does so for all of them. Numbers are medians over rounds; a ratio is the median of
+the rounds' own ratios, never the ratio of two medians.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+import torch
+
+SAMPLE_SECONDS = 2e-3
+"""A sample repeats a short call until it lasts about this long: 10^4 ticks of the clock."""
+
+MIN_ROUNDS, MAX_ROUNDS = 15, 201
+
+BUSY_SHARE = 0.05
+"""A machine is too busy when other work had more than this share of the cores: the bars ask for
+ratios within 15 %, and on two cores 5 % of both is 10 % of one."""
+
+
+@contextmanager
+def thread_count(count: int) -> Iterator[None]:
+    """Run torch on ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What else the machine did during a stretch of time, as shares of this process's cores.
+
+    Attributes:
+        others: CPU time that other processes used; None where the system does not tell.
+        stolen: CPU time that the hypervisor gave to other machines; None likewise.
+        waited: share of a short single-threaded loop's time in which it did not run.
+    """
+
+    others: float | None
+    stolen: float | None
+    waited: float
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether others and hypervisor together exceed `BUSY_SHARE`; unknown, the loop decides."""
+        if self.others is None or self.stolen is None:
+            return self.waited > BUSY_SHARE
+        return self.others + self.stolen > BUSY_SHARE
+
+    def sentence(self) -> str:
+        """The shares in words."""
+
+        def percent(share: float | None) -> str:
+            return "unknown" if share is None else f"{share:.0%}"
+
+        return (
+            f"other work used {percent(self.others)} of the cores, the hypervisor took "
+            f"{percent(self.stolen)}, a test loop waited {percent(self.waited)} of its time"
+        )
+
+
+@dataclass(frozen=True)
+class CpuTimes:
+    """CPU seconds so far: of all processes and stolen, over this process's cores; and its own."""
+
+    wall: float
+    busy: float
+    stolen: float
+    own: float
+
+
+def core_ids() -> list[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def cpu_times() -> CpuTimes | None:
+    """The counters of /proc/stat; None where there is no such file."""
+    try:
+        with open("/proc/stat") as file:
+            lines = [line.split() for line in file if line.startswith("cpu")]
+    except OSError:
+        return None
+    wanted = {f"cpu{core}" for core in core_ids()}
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    busy = stolen = 0.0
+    for name, user, nice, system, _idle, _iowait, irq, softirq, steal, *_guest in lines:
+        if name in wanted:
+            busy += sum(map(int, (user, nice, system, irq, softirq))) * tick
+            stolen += int(steal) * tick
+    return CpuTimes(time.perf_counter(), busy, stolen, time.process_time())
+
+
+def waited_share(seconds: float = 0.05) -> float:
+    """Wall time minus CPU time of a loop that never waits by itself, as a share of wall time."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - wall < seconds:
+        pass
+    wall_used, cpu_used = time.perf_counter() - wall, time.thread_time() - cpu
+    return max(0.0, 1 - cpu_used / wall_used)
+
+
+class LoadMeter:
+    """Watches the load from its construction to `read`."""
+
+    def __init__(self) -> None:
+        self._before = cpu_times()
+
+    def read(self) -> Load:
+        """The load since construction; the test loop runs now."""
+        before, after = self._before, cpu_times()
+        if before is None or after is None:
+            return Load(None, None, waited_share())
+        core_seconds = max((after.wall - before.wall) * len(core_ids()), 1e-9)
+        others = (after.busy - before.busy) - (after.own - before.own)
+        # The counters of the system and of the process tick at different moments.
+        others_share = max(0.0, others / core_seconds)
+        stolen_share = (after.stolen - before.stolen) / core_seconds
+        return Load(others_share, stolen_share, waited_share())
+
+
+def idle_load(seconds: float = 0.5) -> Load:
+    """The load of the machine while this process does nothing."""
+    meter = LoadMeter()
+    time.sleep(seconds)
+    return meter.read()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds per call of each contender in each round, and the load meanwhile."""
+
+    seconds: Mapping[str, list[float]]
+    load: Load
+    calls_per_sample: Mapping[str, int] = field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        """Seconds per call."""
+        return median(self.seconds[name])
+
+    def quartiles(self, name: str) -> tuple[float, float]:
+        """Seconds per call at a quarter and at three quarters of the rounds."""
+        first, _, third = quantiles(self.seconds[name], n=4, method="inclusive")
+        return first, third
+
+    def ratio(self, name: str, to: str) -> float:
+        """Time of ``name`` over the time of ``to``: median of the rounds' ratios."""
+        rounds = zip(self.seconds[name], self.seconds[to], strict=True)
+        return median(a / b for a, b in rounds)
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    budget: float,
+    *,
+    in_cache: bool = False,
+    min_rounds: int = MIN_ROUNDS,
+) -> Measurement:
+    """Time ``calls`` in turns for about ``budget`` seconds, but ``min_rounds`` rounds at least.
+
+    Every call runs at least twice before the clock starts (what compiles does so then). With
+    ``in_cache``, each sample starts with one untimed call, which brings the data back into the
+    cache after the other contenders' turns.
+    """
+    repeats, round_seconds = {}, 0.0
+    for name, call in calls.items():
+        call()
+        estimate = min(_sample(call, 1) for _ in range(3))
+        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(estimate, 1e-9)))
+        round_seconds += estimate * (repeats[name] + in_cache)
+    rounds = max(min_rounds, min(MAX_ROUNDS, int(budget / round_seconds)))
+
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        meter = LoadMeter()
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                if in_cache:
+                    calls[name]()
+                seconds[name].append(_sample(calls[name], repeats[name]))
+        load = meter.read()
+    finally:
+        gc.enable()
+    return Measurement(seconds, load, repeats)
+
+
+def _sample(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats

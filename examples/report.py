@@ -1,0 +1,91 @@
+"""What a run hands out: the tables on the screen, the numbers as JSON, the two pictures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plots
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# The shares of weights that pruning keeps, for the curve; and those that the table shows.
+KEPT = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+PRUNED = {"50%": 0.5, "80%": 0.2, "90%": 0.1, "95%": 0.05, "98%": 0.02}
+SMALL = (1e-3, 1e-2)  # |θ| below these counts as small
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of one trained network."""
+
+    alpha: float
+    seed: int
+    accuracy: float
+    small: dict[str, list[float]]  # by layer, and "all": the shares of |θ| below each of SMALL
+    pruned: list[float]  # the accuracy at each of KEPT
+
+
+def show(runs: Sequence[Run], console: Console) -> None:
+    """The two tables: accuracy before and after pruning, and the shares of small weights."""
+    by_alpha: dict[float, list[Run]] = {}
+    for run in runs:
+        by_alpha.setdefault(run.alpha, []).append(run)
+
+    table = Table(
+        title="Test accuracy, %: as trained, and with so much pruned away", box=box.SIMPLE_HEAD
+    )
+    for heading in ("α", "trained", *PRUNED):
+        table.add_column(heading, justify="right")
+    for alpha, group in by_alpha.items():
+        places = [KEPT.index(kept) for kept in PRUNED.values()]
+        cells = [_percent(run.accuracy for run in group)]
+        cells += [_percent(run.pruned[place] for run in group) for place in places]
+        table.add_row(f"{alpha:g}", *cells)
+    console.print(table)
+
+    table = Table(title="Share of small weights, %", box=box.SIMPLE_HEAD)
+    table.add_column("layer")
+    for heading in ("α", *(f"|θ| < {limit:g}" for limit in SMALL)):
+        table.add_column(heading, justify="right")
+    for layer in runs[0].small:
+        for alpha, group in by_alpha.items():
+            cells = [_percent(run.small[layer][i] for run in group) for i in range(len(SMALL))]
+            name = layer if alpha == runs[0].alpha else ""
+            table.add_row(name, f"{alpha:g}", *cells, end_section=alpha == list(by_alpha)[-1])
+    console.print(table)
+
+
+def _percent(shares: Iterable[float]) -> str:
+    values = [100 * share for share in shares]
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def save(
+    runs: Sequence[Run],
+    weights: plots.Weights,
+    settings: Mapping[str, Any],
+    folder: Path,
+) -> list[Path]:
+    """The numbers as JSON and the two pictures; returns where they lie."""
+    paths = [folder / name for name in ("results.json", "histograms.png", "pruning.png")]
+    results = {
+        "settings": settings,
+        "kept": KEPT,
+        "small": SMALL,
+        "runs": [asdict(r) for r in runs],
+    }
+    paths[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plots.theta_histograms(weights, paths[1])
+    curves = {
+        alpha: np.array([run.pruned for run in runs if run.alpha == alpha]) for alpha in weights
+    }
+    plots.accuracy_against_kept(KEPT, curves, "the test images", paths[2])
+    return paths

@@ -1,0 +1,60 @@
+"""The powered linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppkernels._powered import Stores
+from ppkernels.autograd import Power
+from ppkernels.nn.powered import Powered
+
+
+class PowerLinear(Powered, nn.Linear):
+    """`torch.nn.Linear` whose weight is θ = φ·|φ|^(α−1): y = x·θᵀ + b.
+
+    With ``stores="theta"`` (the default) ``weight`` is θ, forward and backward are nn.Linear's own,
+    and an optimizer of `pp.optim` takes the powered step; other optimizers are refused. With
+    ``stores="phi"`` ``weight`` is φ, θ is computed in each forward, and any optimizer will do. The
+    bias is never powered.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
+        alpha: α ≥ 1, a float or a 0-dim float64 tensor whose value is copied; it must be named.
+        stores: ``"theta"`` or ``"phi"``.
+
+    θ starts as nn.Linear's weight does, whatever α. `Powered` says what the attributes and the
+    checkpoints are.
+
+    Raises:
+        TypeError, ValueError: α below 1 or not a finite number, another word in ``stores``.
+
+    Source: Schwarz et al., "Powerpropagation: A sparsity inducing weight reparameterisation", 2021.
+    """
+
+    plain_class: type[nn.Module] = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha: float | Tensor,
+        stores: Stores = "theta",
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.give_alpha(alpha, stores)
+        if stores == "phi":
+            self.set_theta(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # `theta` spelled out: the property would cost a third of a small layer's overhead.
+        if self.stores == "theta":
+            return F.linear(input, self.weight, self.bias)
+        return F.linear(input, Power.apply(self.weight, self.alpha), self.bias)

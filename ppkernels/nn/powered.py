@@ -1,0 +1,293 @@
+"""What the powered layers share: the exponent, what the weight stores, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ppkernels import _powered
+from ppkernels._checks import alpha_tensor, check_alpha, check_floating
+from ppkernels._powered import Keep, Stores
+from ppkernels.autograd import Power
+from ppkernels.ops import inverse_power, power, rebase
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# Devices that hold no float64, or no values at all; a layer there keeps its exponent on the CPU.
+_NO_FLOAT64 = ("meta", "mps")
+
+
+class Powered(nn.Module):
+    """Makes a layer of torch.nn a powered one: ``class PowerLinear(Powered, nn.Linear)``.
+
+    Attributes:
+        weight: the trained parameter: θ itself where ``stores`` is ``"theta"``, φ where it is
+            ``"phi"``.
+        stores: ``"theta"`` or ``"phi"``; fixed when the layer is made.
+        alpha: α, a 0-dim float64 buffer. It follows the layer from device to device but keeps its
+            dtype and its value through every cast; on devices without float64 it stays on the CPU.
+
+    Checkpoints: the state_dict holds what the plain layer's would, plus ``alpha``, and where φ is
+    stored a 0-dim ``stores_phi``, 1, that says so. Loading converts: from φ to θ or back where
+    checkpoint and layer store different things, and from a plain layer's checkpoint (neither key),
+    whose values are θ and leave the layer's exponent as it is. Loading a checkpoint with an
+    exponent sets the layer's.
+    """
+
+    # Until a layer has its exponent it is a plain one, whose weight is θ.
+    stores: Stores = "theta"
+    alpha: Tensor
+    stores_phi: Tensor
+    weight: Tensor
+
+    # The class that fold() gives back; an instance has its own where powerize() met another one.
+    plain_class: type[nn.Module] = nn.Module
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Powered:
+        # Constructor, deepcopy and unpickling all come through here.
+        self = super().__new__(cls)
+        _powered.enrol(self)
+        return self
+
+    def give_alpha(self, alpha: float | Tensor, stores: Stores) -> None:
+        """Set what the layer stores and its exponent. The weight keeps its bits, whatever it holds.
+
+        For those who build layers: it turns an instance of the plain class, once its ``__class__``
+        is a powered one, into a working layer. Afterwards use `set_alpha`.
+
+        Raises:
+            TypeError, ValueError: an exponent that is none, or another word in ``stores``.
+        """
+        check_stores(type(self).__name__, stores)
+        value = alpha_value(type(self).__name__, alpha)
+        self.stores = stores
+        # The device is named because a `with torch.device("meta")` would lose the value.
+        self.register_buffer("alpha", torch.tensor(value, dtype=torch.float64, device="cpu"))
+        if stores == "phi":
+            # float64 as alpha is: averaging a model's buffers fails on bool and truncates integers.
+            self.register_buffer("stores_phi", torch.ones_like(self.alpha))
+        self._place_buffers()
+        _powered.enrol(self)
+
+    @property
+    def theta(self) -> Tensor:
+        """The weight that the layer uses; differentiable with respect to ``weight``."""
+        if self.stores == "theta":
+            return self.weight
+        return Power.apply(self.weight, self.alpha)
+
+    def set_theta(self, values: Tensor) -> None:
+        """Overwrite ``weight`` in place so that `theta` equals ``values``.
+
+        Exact where θ is stored; within α+1 ULP where φ is (float32, compiled CPU kernels).
+
+        Args:
+            values: θ, of the weight's shape; any floating dtype and device.
+
+        Raises:
+            TypeError, ValueError: ``values`` of another kind or shape.
+        """
+        weight = self._own_weight("set_theta")
+        check_floating("set_theta", "values", values)
+        if values.shape != weight.shape:
+            raise ValueError(
+                f"set_theta: values must have the shape of weight, {tuple(weight.shape)}, "
+                f"got {tuple(values.shape)}"
+            )
+        with torch.no_grad():
+            weight.copy_(values if self.stores == "theta" else inverse_power(values, self.alpha))
+
+    def set_alpha(self, alpha: float | Tensor, *, keep: Keep) -> None:
+        """As `pp.set_alpha` on this layer; layers that share its weight change with it."""
+        value = alpha_value("set_alpha", alpha)
+        if keep not in ("phi", "theta"):
+            raise ValueError(f"set_alpha: keep must be 'phi' or 'theta', got {keep!r}")
+        weight = self._own_weight("set_alpha")
+        layers = {id(layer): layer for layer in (self, *_powered.layers_of(weight))}.values()
+        if any(layer.stores != self.stores for layer in layers):
+            raise ValueError(
+                f"set_alpha: {self} shares its weight with a layer that stores "
+                f"{'phi' if self.stores == 'theta' else 'theta'}; one weight cannot be both"
+            )
+        if keep != self.stores:
+            # θ = sign(φ)|φ|^α both times, so φ kept is θ ↦ |θ|^(α'/α) and θ kept is φ ↦ |φ|^(α/α').
+            before, after = self.alpha, torch.full_like(self.alpha, value)
+            exponents = (after, before) if self.stores == "theta" else (before, after)
+            with torch.no_grad():
+                weight.copy_(rebase(weight, *exponents))
+        for layer in layers:
+            layer.alpha.fill_(value)
+
+    def become_plain(self) -> None:
+        """Turn into the plain layer again. The weight keeps its bits, so it must hold θ by now.
+
+        The opposite of `give_alpha`, for those who take layers apart; `pp.fold` is the way for all
+        others.
+        """
+        plain_class = self.plain_class
+        for name in ("alpha", "stores_phi"):
+            self._buffers.pop(name, None)
+        for name in ("stores", "plain_class"):
+            self.__dict__.pop(name, None)
+        self.__class__ = plain_class  # type: ignore[assignment]
+        _powered.dismiss(self)
+
+    def reset_parameters(self) -> None:
+        """Draw θ as the plain layer draws its weight, whatever α: φ = sign(u)·|u|^(1/α)."""
+        super().reset_parameters()  # type: ignore[misc]
+        if self.stores == "phi":
+            self.set_theta(self.weight)
+
+    def extra_repr(self) -> str:
+        plain = super().extra_repr()
+        return f"{plain}, alpha={self.alpha.item()}, stores={self.stores!r}"
+
+    # ---- where the weight's Parameter is exchanged, the registry hears of it
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        _powered.weights_changed()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        _powered.weights_changed()
+
+    def _own_weight(self, op: str) -> nn.Parameter:
+        weight = _powered.weight_parameter(self)
+        if weight is None:
+            raise RuntimeError(
+                f"{op}: the weight of {self} is no longer a Parameter of its own "
+                "(torch.nn.utils.prune, parametrize or weight_norm has replaced it)"
+            )
+        return weight
+
+    # ---- devices and dtypes
+
+    def _apply(self: ModuleT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModuleT:
+        own = [self._buffers[name] for name in ("alpha", "stores_phi") if name in self._buffers]
+
+        def on_all_but_own(tensor: Tensor) -> Tensor:
+            return tensor if any(tensor is buffer for buffer in own) else fn(tensor)
+
+        super()._apply(on_all_but_own, recurse)  # type: ignore[no-untyped-call]
+        cast(Powered, self)._place_buffers()
+        _powered.weights_changed()
+        return self
+
+    def _place_buffers(self) -> None:
+        """Bring the layer's own buffers to its weight's device."""
+        device = self.weight.device
+        if device.type in _NO_FLOAT64:
+            device = torch.device("cpu")
+        for name in ("alpha", "stores_phi"):
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.device != device:
+                self._buffers[name] = buffer.to(device)
+
+    # ---- checkpoints
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved_phi = bool(state_dict.pop(prefix + "stores_phi", False))
+        alpha = self._saved_alpha(state_dict.get(prefix + "alpha"), prefix, error_msgs)
+        weight = state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and saved_phi != (self.stores == "phi"):
+            # In the wider of the two dtypes, so that the value is rounded once.
+            if not local_metadata.get("assign_to_params_buffers", False):
+                weight = weight.to(torch.promote_types(weight.dtype, self.weight.dtype))
+            convert = power if saved_phi else inverse_power
+            state_dict[prefix + "weight"] = convert(weight.detach(), alpha)
+        # The loader takes these as the layer's own: same kind, no key missing, none unexpected.
+        state_dict[prefix + "alpha"] = torch.full_like(self.alpha, alpha)
+        if self.stores == "phi":
+            state_dict[prefix + "stores_phi"] = torch.ones_like(self.stores_phi)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        # With assign=True the weight may have come from another device.
+        self._place_buffers()
+        _powered.weights_changed()
+
+    def _saved_alpha(self, saved: Tensor | None, prefix: str, error_msgs: list[str]) -> float:
+        """The exponent of a checkpoint; the layer's own for a plain layer's checkpoint."""
+        own = float(self.alpha)
+        if saved is None:
+            return own
+        value: Any = saved.item() if saved.numel() == 1 else saved.tolist()
+        if saved.dtype != torch.float64:
+            # A checkpoint cast as a whole, say to bfloat16: the rounded exponent is another one.
+            if value == self.alpha.to(saved.dtype).item():
+                return own
+            error_msgs.append(
+                f'"{prefix}alpha" must be float64, got {saved.dtype} (value {value}); a rounded '
+                "exponent is another exponent, so save it in float64, or leave the key out and "
+                "give the layer its alpha"
+            )
+            return own
+        try:
+            return check_alpha(f'"{prefix}alpha"', value)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return own
+
+
+def check_stores(op: str, stores: str) -> None:
+    """``stores`` is one of the two words."""
+    if stores not in ("theta", "phi"):
+        raise ValueError(f"{op}: stores must be 'theta' or 'phi', got {stores!r}")
+
+
+def alpha_value(op: str, alpha: float | Tensor) -> float:
+    """The exponent as a checked Python float; a tensor on a GPU is waited for."""
+    if isinstance(alpha, Tensor):
+        alpha = alpha_tensor(op, alpha).item()
+    return check_alpha(op, alpha)
+
+
+def set_alpha(module: nn.Module, alpha: float | Tensor, *, keep: Keep) -> None:
+    """Change the exponent of a powered layer, or of every powered layer in ``module``.
+
+    With ``keep="phi"`` the values of φ stay and θ jumps to sign(θ)·|θ|^(α'/α); small weights shrink
+    when α rises. With ``keep="theta"`` the outputs stay and φ becomes sign(φ)·|φ|^(α/α'). There is
+    no default: the two train differently. Where what is kept is what the layer stores, its weight
+    keeps its bits.
+
+    Weight and exponent change in place: the same Parameter objects, no new graph under
+    torch.compile. Layers that share a weight change together, those outside ``module`` too.
+    Gradients and optimizer state are left as they are.
+
+    Args:
+        module: a powered layer, or any module that holds some.
+        alpha: α' ≥ 1, a float or a 0-dim float64 tensor.
+        keep: ``"phi"`` or ``"theta"``.
+
+    Raises:
+        TypeError, ValueError: an exponent that is none, another word in ``keep``, no powered layer.
+    """
+    layers = _powered.powered_layers(module)
+    if not layers:
+        raise ValueError(
+            f"set_alpha: {type(module).__name__} holds no powered layer; pp.powerize makes them"
+        )
+    weights = set()
+    for layer in layers.values():
+        if id(layer.weight) not in weights:
+            weights.add(id(layer.weight))
+            layer.set_alpha(alpha, keep=keep)

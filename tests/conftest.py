@@ -1,0 +1,37 @@
+"""What every test starts from: two threads, one seed, and new memory that is full of NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ppkernels as pp
+
+
+def pytest_report_header() -> str:
+    return f"torch {torch.__version__}, ppkernels CPU kernels: {pp.cpu_capability()}"
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """The same threads and random numbers for every test, whatever ran before it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN, so that an element that an op forgets to write is seen."""
+    # On a GPU this mode would refuse many of PyTorch's own ops.
+    if torch.cuda.is_available():
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

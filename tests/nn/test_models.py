@@ -1,0 +1,121 @@
+"""Whole models: they powerize, keep their outputs, and train a step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ppkernels as pp
+
+
+class TiedModel(nn.Module):
+    """A small language model whose output layer shares its weight with the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(17, 8)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2
+        )
+        self.head = nn.Linear(8, 17, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.tokens(x)))
+
+
+def resnet(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torchvision = pytest.importorskip("torchvision")
+    return getattr(torchvision.models, name)(num_classes=10), torch.randn(2, 3, 32, 32)
+
+
+def encoder_layer() -> tuple[nn.Module, torch.Tensor]:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(3, 5, 8)
+
+
+def language_model() -> tuple[nn.Module, torch.Tensor]:
+    return TiedModel(), torch.randint(17, (3, 5))
+
+
+MODELS = {
+    "resnet18": lambda: resnet("resnet18"),
+    "resnet50": lambda: resnet("resnet50"),
+    "encoder_layer": encoder_layer,
+    "language_model": language_model,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_theta(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)  # the encoder's fast path, which reads its children's weights
+    parameters = list(model.parameters())
+    pp.powerize(model, 1.5)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    before = [parameter.detach().clone() for parameter in parameters]
+    model.train()
+    optimizer = pp.optim.PowerSGD(model, 0.05, momentum=0.9)
+    model(x).square().mean().backward()
+    # A fresh ResNet-50 on two tiny pictures has gradients of 1e6, plain or powered.
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    moved = [not torch.equal(*pair) for pair in zip(parameters, before, strict=True)]
+    assert sum(moved) > 0.9 * len(moved)  # some gradients are too small to move a weight
+    assert all(parameter.isfinite().all() for parameter in parameters)
+    with pytest.raises(RuntimeError, match="holds theta"):
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    with torch.no_grad():
+        stepped = model.train()(x) if "resnet" in name else model.eval()(x)
+        assert torch.equal(pp.fold(model)(x), stepped)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "language_model"])
+def test_phi(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    model.eval()
+    expected = model(x)
+    inside = ("self_attn.out_proj", "linear1", "linear2", "head")
+    pp.powerize(model, 1.5, "phi", select=lambda name, _: not name.endswith(inside))
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_tied_weight_is_stepped_once_with_the_power() -> None:
+    torch.manual_seed(0)
+    model, x = language_model()
+    pp.powerize(model, 2.0)
+    logits = model(x)
+    F.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
+    weight = model.head.weight
+    expected = pp.optim.sgd_step(weight.detach(), weight.grad, model.head.alpha, 0.1)
+    pp.optim.PowerSGD(model.parameters(), 0.1).step()
+    assert torch.equal(model.tokens.weight, expected)
+    assert model.tokens.weight is model.head.weight
+
+
+def test_a_model_made_elsewhere_loads_and_trains() -> None:
+    """A plain checkpoint, a powered model, a step, a powered checkpoint, a fresh powered model."""
+    plain, x = language_model()
+    model = pp.powerize(TiedModel(), 1.5)
+    model.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).sum().backward()
+    pp.optim.PowerSGD(model, 0.1).step()
+    fresh = pp.powerize(TiedModel(), 3.0)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(fresh(x), model(x))
+    assert fresh.head.alpha.item() == 1.5

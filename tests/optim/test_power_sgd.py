@@ -1,0 +1,212 @@
+"""pp.optim.PowerSGD as an optimizer: which weights it takes, its state, its options."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import ppkernels as pp
+
+RULES = ["virtual", "chain"]
+
+
+def tensor_of(alpha: float) -> torch.Tensor:
+    return torch.tensor(alpha, dtype=torch.float64)
+
+
+# ---- which parameters, with which exponent
+
+
+def with_gradients(model: nn.Module) -> nn.Module:
+    model(torch.ones(2, 4)).square().sum().backward()
+    return model
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda model: model,
+        lambda model: model.parameters(),
+        lambda model: [{"params": [p]} for p in model.parameters()],
+        lambda model: model.named_parameters(),
+    ],
+)
+def test_weights_are_found_whatever_way_they_come(given: object) -> None:
+    torch.manual_seed(0)
+    model = pp.powerize(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), 2.0)
+    optimizer = pp.optim.PowerSGD(given(model), 0.1)
+    with_gradients(model)
+    weight, bias = model[0].weight, model[0].bias
+    expected = pp.optim.sgd_step(weight.detach(), weight.grad, model[0].alpha, 0.1)
+    expected_bias = bias.detach() - 0.1 * bias.grad
+    optimizer.step()
+    assert torch.equal(weight, expected)
+    torch.testing.assert_close(bias.detach(), expected_bias)
+
+
+def test_a_layer_powerized_after_the_optimizer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = pp.optim.PowerSGD(model, 0.1)
+    with_gradients(pp.powerize(model, 2.0))
+    weight = model[0].weight
+    expected = pp.optim.sgd_step(weight.detach(), weight.grad, model[0].alpha, 0.1)
+    optimizer.step()
+    assert torch.equal(weight, expected)
+
+
+def test_set_alpha_holds_from_the_next_step() -> None:
+    layer = with_gradients(pp.nn.PowerLinear(4, 4, alpha=1.5))
+    optimizer = pp.optim.PowerSGD(layer, 0.1)
+    optimizer.step()
+    pp.set_alpha(layer, 3.0, keep="phi")
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    expected = pp.optim.sgd_step(before, layer.weight.grad, tensor_of(3.0), 0.1)
+    assert torch.equal(layer.weight, expected)
+
+
+def test_plain_tensors_with_an_alpha_of_their_own() -> None:
+    values, grad = torch.randn(3, 3), torch.randn(3, 3)
+    tensors = [values.clone().requires_grad_() for _ in range(3)]
+    for tensor in tensors:
+        tensor.grad = grad.clone()
+    optimizer = pp.optim.PowerSGD([{"params": tensors[:1], "alpha": 2.0}], 0.1)
+    optimizer.add_param_group({"params": tensors[1:2], "alpha": tensor_of(2.0), "lr": 0.2})
+    optimizer.add_param_group({"params": tensors[2:]})
+    optimizer.step()
+    assert torch.equal(tensors[0], pp.optim.sgd_step(values, grad, tensor_of(2.0), 0.1))
+    assert torch.equal(tensors[1], pp.optim.sgd_step(values, grad, tensor_of(2.0), 0.2))
+    assert torch.equal(tensors[2], values.add(grad, alpha=-0.1))
+
+
+def test_frozen_weights_and_weights_without_gradient_stay() -> None:
+    model = pp.powerize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 2.0)
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer = pp.optim.PowerSGD(model, 0.1, momentum=0.9)
+    with_gradients(model)
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    assert model[0].weight not in optimizer.state
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+# ---- as an optimizer
+
+
+def run(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with_gradients(model)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_state_dict_round_trip(rule: str) -> None:
+    torch.manual_seed(0)
+    model = pp.powerize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 1.5)
+    optimizer = pp.optim.PowerSGD(model, 0.01, momentum=0.9, rule=rule)
+    run(optimizer, model, 3)
+    twin = copy.deepcopy(model)
+    other = pp.optim.PowerSGD(twin, 1.0)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.param_groups[0]["rule"] == rule
+    run(optimizer, model, 3)
+    run(other, twin, 3)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_deepcopy_of_model_and_optimizer() -> None:
+    model = pp.powerize(nn.Sequential(nn.Linear(4, 4)), 1.5)
+    optimizer = pp.optim.PowerSGD(model, 0.01, momentum=0.9)
+    run(optimizer, model, 2)
+    twin, other = copy.deepcopy((model, optimizer))
+    run(optimizer, model, 2)
+    run(other, twin, 2)
+    assert torch.equal(model[0].weight, twin[0].weight)
+
+
+def test_schedulers_and_closures() -> None:
+    model = pp.powerize(nn.Sequential(nn.Linear(4, 4)), 1.5)
+    optimizer = pp.optim.PowerSGD(model, torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(3):
+        losses.append(optimizer.step(closure).item())
+        scheduler.step()
+    assert losses[2] < losses[1] < losses[0]
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.0125)
+
+
+def test_steps_bump_versions_and_leave_no_graph() -> None:
+    layer = with_gradients(pp.nn.PowerLinear(4, 4, alpha=1.5))
+    version = layer.weight._version
+    pp.optim.PowerSGD(layer, 0.1).step()
+    assert layer.weight._version > version
+    assert layer.weight.is_leaf
+    assert layer.weight.requires_grad
+
+
+def test_the_reference_takes_the_same_step() -> None:
+    theta, grad = torch.randn(100), torch.randn(100)
+    step = pp.optim.sgd_step(theta, grad, tensor_of(1.7), 0.1)
+    with pp.backend("reference"):
+        torch.testing.assert_close(pp.optim.sgd_step(theta, grad, tensor_of(1.7), 0.1), step)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, "lr must be a number >= 0, got -0.1"),
+        ({"lr": float("nan")}, "lr must be a number >= 0, got nan"),
+        ({"momentum": -1}, "momentum must be a number >= 0, got -1"),
+        ({"nesterov": True}, "nesterov needs momentum > 0 and dampening = 0, got 0 and 0"),
+        ({"rule": "target"}, "rule must be 'virtual' or 'chain', got 'target'"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    layer = pp.nn.PowerLinear(2, 2, alpha=2)
+    with pytest.raises(ValueError, match=message):
+        pp.optim.PowerSGD(layer, **{"lr": 0.1, **options})
+    optimizer = pp.optim.PowerSGD([layer.weight], 0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [layer.bias], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_bad_groups() -> None:
+    layer = pp.nn.PowerLinear(2, 2, alpha=2)
+    with pytest.raises(ValueError, match=r"alpha must be a finite number >= 1, got 0\.5"):
+        pp.optim.PowerSGD([{"params": [torch.ones(1)], "alpha": 0.5}], 0.1)
+    with pytest.raises(
+        ValueError, match="a group with an alpha of its own has the weight of Power"
+    ):
+        pp.optim.PowerSGD([{"params": layer.parameters(), "alpha": 2.0}], 0.1)
+    other = pp.nn.PowerLinear(2, 2, alpha=3)
+    other.weight = layer.weight
+    with pytest.raises(ValueError, match="share one weight, so they need the same alpha"):
+        pp.optim.PowerSGD(layer, 0.1)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    embedding = nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(
+        RuntimeError, match=r"gradients must be dense, got torch.sparse_coo .*\(4, 3"
+    ):
+        pp.optim.PowerSGD(embedding, 0.1).step()
