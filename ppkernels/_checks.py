@@ -60,7 +60,9 @@ def alpha_tensor(op: str, alpha: float | Tensor, name: str = "alpha") -> Tensor:
     a GPU is never waited for); a number becomes a CPU tensor.
     """
     if not isinstance(alpha, Tensor):
-        return torch.scalar_tensor(check_alpha(op, alpha, name), dtype=torch.float64)
+        # The device is named because `with torch.device("meta")` would lose the value.
+        value = check_alpha(op, alpha, name)
+        return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
     if alpha.dtype != torch.float64 or alpha.dim() != 0:
         raise TypeError(
             f"{op}: {name} as a tensor must be 0-dim float64 (a rounded exponent is another "

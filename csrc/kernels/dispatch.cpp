@@ -24,8 +24,9 @@ bool is_available(Isa isa) {
       return true;
     case Isa::kAvx2:
 #if defined(PPKERNELS_HAVE_AVX2)
+      // Every processor with AVX2 has F16C; old compilers cannot ask for it.
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+             __builtin_cpu_supports("bmi2");
 #else
       return false;
 #endif

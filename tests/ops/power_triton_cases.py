@@ -220,6 +220,7 @@ def test_special_values_of_the_gradients(dtype, alpha):
     result = gpu.power_double_backward(grad, ones, weight, exponent(alpha))
     assert (result[:4] == 0).all()
     assert result[4] == (0.0 if alpha < 2 else 2.0 if alpha == 2 else math.inf)
+    assert result[5].isnan()
 
 
 def test_double_backward_against_the_formula():
@@ -314,6 +315,24 @@ def test_out_in_other_layouts():
     assert torch.equal(in_place, theta)
     gpu.power_out(weight, exponent(1.5), weight.t())
     assert torch.equal(weight.t(), theta)
+
+
+def test_out_may_overlap_the_weight():
+    memory = torch.randn(5000, device=DEVICE)
+    theta = gpu.power(memory[:-1], exponent(1.5))
+    gpu.power_out(memory[:-1], exponent(1.5), memory[1:])
+    assert torch.equal(memory[1:], theta)
+
+
+def test_the_gradient_into_out():
+    weight, grad = torch.randn(2, 40, 40, device=DEVICE).unbind()
+    slope = gpu.power_backward(grad, weight, exponent(1.5))
+    for out in (torch.empty_like(weight), torch.empty_like(weight).t(), weight.clone()):
+        into = out if out.stride() != weight.stride() else out.copy_(weight)
+        assert gpu.power_backward_out(grad, weight, exponent(1.5), into) is None
+        assert torch.equal(into, slope)
+    gpu.power_backward_out(grad, weight, exponent(1.5), grad)
+    assert torch.equal(grad, slope)
 
 
 # ---- what only hardware can show

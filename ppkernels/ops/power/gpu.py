@@ -1,4 +1,5 @@
 """Triton kernels of op `power` and their launchers, for NVIDIA and AMD GPUs.
+More than 350 lines: the maths of a point, its coefficients and its kernels are read together.
 
 Notation: φ ``weight``, θ ``theta``, α ``alpha``; N is the number of elements. The launchers have
 the signatures of the op's schemas (op.py) and its contract: results are laid out as
@@ -199,12 +200,12 @@ def power_slope(weight, alpha, PRECISE: tl.constexpr):
 
 @triton.jit
 def power_curvature(weight, alpha, PRECISE: tl.constexpr):
-    """d²θ/dφ² = α(α−1)·sign(φ)·|φ|^(α−2) for φ ≠ 0 and α > 1; sign(NaN) = 0 as in torch."""
+    """d²θ/dφ² = α(α−1)·sign(φ)·|φ|^(α−2) for φ ≠ 0 and α > 1; NaN at NaN."""
     exponent = alpha - 2.0
     power = scaled_power(weight, exponent, alpha * (alpha - 1.0), PRECISE)
     infinite = tl.where(exponent < 0.0, 0.0, power)
     power = tl.where(tl.abs(weight) == float("inf"), infinite, power)
-    return tl.where(weight < 0.0, -power, tl.where(weight > 0.0, power, power * 0.0))
+    return tl.where(weight != weight, weight, tl.where(weight < 0.0, -power, power))
 
 
 # ---- kernels: load, point, store
@@ -298,8 +299,8 @@ def power(weight: Tensor, alpha: Tensor) -> Tensor:
 
 
 def power_out(weight: Tensor, alpha: Tensor, out: Tensor) -> None:
-    """θ into ``out``, which may be ``weight`` itself but overlap it in no other way."""
-    if _is_dense(out):
+    """θ into ``out``, which may overlap ``weight`` in any way."""
+    if _is_dense(out) and not _overlap_partly(weight, out):
         _launch(signed_power_kernel, [weight], out, alpha, None)
     else:
         out.copy_(power(weight, alpha))
@@ -310,6 +311,15 @@ def power_backward(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
     out = torch.empty_like(weight)
     _launch(power_backward_kernel, [grad_theta, weight], out, alpha)
     return out
+
+
+def power_backward_out(grad_theta: Tensor, weight: Tensor, alpha: Tensor, out: Tensor) -> None:
+    """∂L/∂φ into ``out``, which may overlap the inputs in any way."""
+    overlaps = _overlap_partly(grad_theta, out) or _overlap_partly(weight, out)
+    if _is_dense(out) and not overlaps:
+        _launch(power_backward_kernel, [grad_theta, weight], out, alpha)
+    else:
+        out.copy_(power_backward(grad_theta, weight, alpha))
 
 
 def power_double_backward(
@@ -365,6 +375,13 @@ def _kernel_argument(alpha: Tensor | None, device: torch.device) -> Tensor | int
     if alpha.device.type == "cpu":
         return int(alpha.view(torch.int64).item())
     return alpha.to(device, non_blocking=True)
+
+
+def _overlap_partly(value: Tensor, out: Tensor) -> bool:
+    """Whether two tensors may share memory without being the same elements in the same places."""
+    if value.data_ptr() == out.data_ptr() and _same_layout(value, out):
+        return False
+    return value.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
 
 
 def _same_layout(value: Tensor, other: Tensor) -> bool:
