@@ -56,7 +56,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", default=Path("out/mnist"), help="default: out/mnist")
     add("--validate", action="store_true", help="test on a part of the training images instead")
     add("--quick", action="store_true", help="seconds: few images and epochs, and no download")
-    add("--threads", type=_at_least(1), default=1, help="default: 1; part of 'the same numbers'")
+    add(
+        "--threads",
+        type=_at_least(1),
+        default=1,
+        help="default: 1; another number rounds otherwise",
+    )
     options = parser.parse_args(arguments)
 
     if options.optimizer == "adam" and options.rule == "virtual":
@@ -151,7 +156,7 @@ class Recipe:
 RECIPES = {
     "mlp1": Recipe(epochs=15, lr=0.2),
     "mlp3": Recipe(epochs=15, lr=0.1),
-    "cnn": Recipe(epochs=10, lr=0.1),
+    "cnn": Recipe(epochs=10, lr=0.2),
 }
 
 
@@ -165,9 +170,10 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
 
 
 def train(
-    alpha: float, seed: int, data: digits.Digits, options: argparse.Namespace, bars: Progress
+    alpha: float, seed: int, data: digits.Digits, options: argparse.Namespace, progress: Progress
 ) -> nn.Module:
     """One network from its initialisation to its last epoch; the same seed gives the same bits."""
+    (bar,) = progress.task_ids
     torch.manual_seed(seed)
     model = MODELS[options.model]()
     pp.powerize(model, alpha, stores="phi" if options.optimizer == "adam" else "theta")
@@ -177,9 +183,8 @@ def train(
     # Of its own, so that the order of the images does not depend on how a model draws its weights.
     shuffle = torch.Generator().manual_seed(seed)
 
-    bar = bars.add_task("", total=options.epochs * batches, state="")
     for epoch in range(1, options.epochs + 1):
-        bars.update(bar, description=f"α = {alpha:g}, seed {seed}, epoch {epoch}/{options.epochs}")
+        name = f"α = {alpha:g}, seed {seed}, epoch {epoch}/{options.epochs}"
         order = torch.randperm(len(data.train_labels), generator=shuffle)
         loss_sum = right = seen = 0.0
         for rows in order.split(options.batch_size):
@@ -192,15 +197,14 @@ def train(
             loss_sum += loss.item() * len(rows)
             right += (logits.argmax(1) == labels).sum().item()
             seen += len(rows)
-            state = f"loss {loss_sum / seen:.4f}, accuracy {right / seen:.2%}"
-            bars.update(bar, advance=1, state=state)
+            state = f"loss {loss_sum / seen:.4f}, {right / seen:.1%} right"
+            progress.update(bar, advance=1, description=name, state=state)
         if not math.isfinite(loss_sum):
             raise SystemExit(
                 f"mnist.py: α = {alpha:g}, seed {seed} diverged in epoch {epoch}: the loss is "
                 f"{loss_sum}; try a lower --lr than {options.lr:g}"
                 + (", or --rule chain" if options.rule == "virtual" else "")
             )
-    bars.remove_task(bar)
     return model
 
 
@@ -298,16 +302,18 @@ def train_all(
     weights: dict[float, dict[str, np.ndarray]] = {}
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
-        overall = bars.add_task("all runs", total=len(options.alpha) * len(options.seeds), state="")
+    batches = -(-len(data.train_labels) // options.batch_size)
+    total = len(options.alpha) * len(options.seeds) * options.epochs * batches
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task("", total=total, state="")
         for alpha in options.alpha:
             for seed in options.seeds:
                 start = time.perf_counter()
-                model = train(alpha, seed, data, options, bars)
+                model = train(alpha, seed, data, options, progress)
                 seconds = time.perf_counter() - start
                 runs.append(measure(alpha, seed, model, data))
                 if alpha not in weights:
@@ -316,7 +322,6 @@ def train_all(
                     f"α = {alpha:g}, seed {seed}: test accuracy {runs[-1].accuracy:.2%}, "
                     f"trained in {seconds:.1f} s"
                 )
-                bars.update(overall, advance=1)
     return runs, weights
 
 

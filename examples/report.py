@@ -38,9 +38,7 @@ def show(runs: Sequence[Run], console: Console) -> None:
     for run in runs:
         by_alpha.setdefault(run.alpha, []).append(run)
 
-    table = Table(
-        title="Test accuracy, %: as trained, and with so much pruned away", box=box.SIMPLE_HEAD
-    )
+    table = Table(title="Test accuracy, %: trained, and after pruning so much", box=box.SIMPLE_HEAD)
     for heading in ("α", "trained", *PRUNED):
         table.add_column(heading, justify="right")
     for alpha, group in by_alpha.items():
@@ -65,7 +63,7 @@ def show(runs: Sequence[Run], console: Console) -> None:
 def _percent(shares: Iterable[float]) -> str:
     values = [100 * share for share in shares]
     mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+    return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):.2f}"
 
 
 def save(

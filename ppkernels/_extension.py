@@ -33,7 +33,7 @@ def _load() -> bool:
             return True
     warnings.warn(
         f"ppkernels runs on its pure-PyTorch reference, without compiled CPU kernels: {reason}. "
-        "To build them: install a C++20 compiler (g++ >= 10 or clang++ >= 12) and reinstall ppkernels.",
+        "To build them: install a C++20 compiler (g++ >= 10, clang++ >= 12) and reinstall ppkernels.",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -19,35 +19,45 @@ struct SignedSquare {
   f32v operator()(f32v x) const { return x * abs(x); }
 };
 
-// Where two operations follow each other, the rounding error of the first is recovered. The clamp
-// keeps inf − inf out of that; what it cuts off overflows anyway.
+// Where two operations follow each other, the rounding error of the first is recovered. Two things
+// can spoil that: inf − inf, so what overflows anyway is clamped, and errors so small that they are
+// subnormal, so small weights are scaled up by `up` and their power down again by 2^96 =
+// up^exponent.
 inline f32v clamp(f32v a, float top) { return a > splat(top) ? splat(top) : a; }
+
+template <class Magnitude>
+inline f32v recovered(f32v x, float up, float top, const Magnitude& magnitude) {
+  const f32v a = clamp(abs(x), top);
+  const i32v is_small = a < splat(0x1p-20f);
+  const f32v power = magnitude(is_small ? a * up : a);
+  return with_sign(is_small ? power * 0x1p-96f : power, x);
+}
+
+struct ThreeHalves {
+  f32v operator()(f32v x) const {
+    return recovered(x, 0x1p64f, 0x1p86f, [](f32v a) {
+      const f32v root = sqrt(a);
+      const f32v rest = fma(-root, root, a) / (root + root);
+      return a == splat(0.0f) ? a : fma(a, root, a * rest);
+    });
+  }
+};
 
 struct Cube {
   f32v operator()(f32v x) const {
-    const f32v a = clamp(abs(x), 0x1p43f);
-    const f32v square = a * a;
-    return with_sign(fma(square, a, fma(a, a, -square) * a), x);
+    return recovered(x, 0x1p32f, 0x1p43f, [](f32v a) {
+      const f32v square = a * a;
+      return fma(square, a, fma(a, a, -square) * a);
+    });
   }
 };
 
 struct SignedFourth {
   f32v operator()(f32v x) const {
-    const f32v a = clamp(abs(x), 0x1p33f);
-    const f32v square = a * a;
-    const f32v rest = fma(a, a, -square);
-    return with_sign(fma(square, square, (square + square) * rest), x);
-  }
-};
-
-// x·√|x|, with the rounding error of the root recovered: (a − s²) / 2s.
-struct ThreeHalves {
-  f32v operator()(f32v x) const {
-    const f32v a = clamp(abs(x), 0x1p86f);
-    const f32v root = sqrt(a);
-    const f32v rest = fma(-root, root, a) / (root + root);
-    const f32v power = fma(a, root, a * rest);
-    return with_sign(a == splat(0.0f) ? a : power, x);
+    return recovered(x, 0x1p24f, 0x1p33f, [](f32v a) {
+      const f32v square = a * a;
+      return fma(square, square, (square + square) * fma(a, a, -square));
+    });
   }
 };
 
