@@ -67,6 +67,8 @@ def reason_without_kernels() -> str | None:
     """Why this install has no compiled kernels, or None where it has."""
     if os.environ.get("PPKERNELS_NO_EXT") == "1":
         return "PPKERNELS_NO_EXT=1 is set"
+    if sys.platform == "win32":
+        return "the kernels are written for GCC and Clang, not for Windows"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "free-threaded Python cannot load modules of the limited API"
     compilers = ("c++", "g++", "clang++")  # where CMake looks too; it reads CXX by itself

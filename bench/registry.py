@@ -235,7 +235,7 @@ def layer_rows() -> list[Row]:
         Row(
             name=f"layer/stores={stores}/alpha=1.5",
             suite="layers",
-            ops=("power", "power_backward"),
+            ops=("power", "power_backward", "inverse_power"),
             inputs=models.layer_inputs,
             ours=models.forward_backward(models.powered(1.5, stores)),
             rivals={
@@ -265,7 +265,7 @@ def training_rows() -> list[Row]:
                 Row(
                     name=f"training_step/stores={stores}/alpha={alpha:g}",
                     suite="training_step",
-                    ops=("power", "power_backward"),
+                    ops=("power", "power_backward", "inverse_power"),
                     inputs=models.training_inputs,
                     ours=models.training_step(models.powered(alpha, stores), optimizer),
                     rivals={

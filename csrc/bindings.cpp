@@ -129,11 +129,11 @@ bool overlap_partly(const Tensor& a, const Tensor& b) {
 
 // ---- threads and cache
 
-// One thread below this many elements: a kernel of 2^15 takes about as long as waking a thread.
+// One thread below this many elements, as PyTorch's own elementwise ops have it.
 constexpr int64_t kGrain = 1 << 15;
 
 // Outputs from this size go around the cache. Measured: csrc/README.md, "Streaming stores".
-constexpr int64_t kStreamBytes = int64_t(32) << 20;
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
 bool should_stream(const Tensor& out, std::initializer_list<const Tensor*> inputs) {
   for (const Tensor* in : inputs) {

@@ -17,23 +17,26 @@ __all__ = ["cpu_capability"]
 _CAPABILITIES = ("baseline", "avx2", "avx512")
 
 
+_REBUILD = "install a C++20 compiler (g++ >= 10 or clang++ >= 12) and reinstall ppkernels"
+
+
 def _load() -> bool:
     if os.environ.get("PPKERNELS_NO_EXT") == "1":
-        reason = "PPKERNELS_NO_EXT=1 is set"
+        reason, remedy = "PPKERNELS_NO_EXT=1 is set", "unset it"
     else:
         try:
             importlib.import_module("ppkernels._C")
         except ModuleNotFoundError as error:
             if error.name != "ppkernels._C":
                 raise
-            reason = "they were not built (no C++ compiler at install time?)"
+            reason, remedy = "they were not built (no C++ compiler at install time?)", _REBUILD
         except ImportError as error:
-            reason = f"they could not be loaded ({error})"
+            reason, remedy = f"they could not be loaded ({error})", _REBUILD
         else:
             return True
     warnings.warn(
         f"ppkernels runs on its pure-PyTorch reference, without compiled CPU kernels: {reason}. "
-        "To build them: install a C++20 compiler (g++ >= 10, clang++ >= 12) and reinstall ppkernels.",
+        f"To have them: {remedy}.",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,4 +1,5 @@
 """Tests of the Triton kernels of op `power`, run in a process of their own.
+Longer than 350 lines: one process costs seconds to start, so all cases share it.
 
 With TRITON_INTERPRET=1 they run on CPU tensors in Triton's interpreter, else on the current GPU.
 The interpreter must be chosen before triton is imported, hence the process, which

@@ -1,5 +1,5 @@
 """Triton kernels of op `power` and their launchers, for NVIDIA and AMD GPUs.
-More than 350 lines: the maths of a point, its coefficients and its kernels are read together.
+Longer than 350 lines: the maths of a point, its coefficients and its kernels are read together.
 
 Notation: φ ``weight``, θ ``theta``, α ``alpha``; N is the number of elements. The launchers have
 the signatures of the op's schemas (op.py) and its contract: results are laid out as

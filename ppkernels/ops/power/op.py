@@ -1,4 +1,5 @@
 """The powered weight as PyTorch ops: public functions, schemas, kernels, autograd.
+Longer than 350 lines: seven ops of one formula, a third of it their docstrings.
 
 The CPU kernels register themselves from csrc/bindings.cpp when ppkernels._C is loaded.
 """
