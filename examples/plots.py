@@ -75,20 +75,21 @@ def accuracy_against_kept(
 
 def _draw_theta(axis: Axes, rows: Mapping[float, np.ndarray]) -> None:
     # The few largest weights would squeeze the rest into one bin: they are counted at the edges.
-    edge = max(np.quantile(np.abs(theta), 0.999) for theta in rows.values())
+    edge = max(float(np.quantile(np.abs(theta), 0.999)) for theta in rows.values())
     bins = np.linspace(-edge, edge, BINS)
     for colour, (alpha, theta) in zip(_colours(len(rows)), rows.items(), strict=True):
-        _draw(axis, np.clip(theta, -edge, edge), bins, colour, f"α = {alpha:g}")
+        _draw(axis, np.clip(theta.astype(float), -edge, edge), bins, colour, f"α = {alpha:g}")
     axis.set_ylim(bottom=0.7)
     axis.set_xlabel("θ (the largest 0.1 % counted at the edges)")
 
 
 def _draw_magnitude(axis: Axes, rows: Mapping[float, np.ndarray]) -> None:
-    largest = max(np.abs(theta).max() for theta in rows.values())
+    # In double precision: rounded, a value at the left edge would fall out of its bin.
+    largest = max(float(np.abs(theta).max()) for theta in rows.values())
     bins = np.linspace(-6, max(np.log10(max(largest, 1e-6)), -1), BINS)
     for colour, (alpha, theta) in zip(_colours(len(rows)), rows.items(), strict=True):
         # A weight of 0 has no logarithm; it belongs to the smallest.
-        magnitude = np.log10(np.maximum(np.abs(theta), 10.0 ** bins[0]))
+        magnitude = np.log10(np.maximum(np.abs(theta.astype(float)), 10.0 ** bins[0]))
         _draw(axis, np.minimum(magnitude, bins[-1]), bins, colour, f"α = {alpha:g}")
     axis.set_ylim(bottom=0.7)
     for threshold in (-3, -2):

@@ -154,3 +154,18 @@ def test_prune_breaks_ties_by_place(mnist: ModuleType) -> None:
     left = mnist.prune(model, 0.37).weight.flatten()
     assert left[:37].count_nonzero() == 37
     assert left[37:].count_nonzero() == 0
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize("draw", ["_draw_theta", "_draw_magnitude"])
+def test_histograms_count_every_weight(mnist: ModuleType, draw: str) -> None:
+    theta = torch.cat([torch.zeros(50), torch.full((60,), 1e-9), torch.randn(9_890) * 0.3])
+    figure, axis = mnist.report.plots.plt.subplots()
+    counts: list[float] = []
+    draw_one = axis.hist
+    axis.hist = lambda *args, **kwargs: counts.extend(draw_one(*args, **kwargs)[0])
+    getattr(mnist.report.plots, draw)(axis, {1.5: theta.numpy()})
+    mnist.report.plots.plt.close(figure)
+    assert sum(counts) == len(theta)
