@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 NAMES = ("kernels", "reference")
 
-_from_environment = os.environ.get("PPKERNELS_BACKEND", "kernels")
+_from_environment = os.environ.get("PPKERNELS_BACKEND") or "kernels"
 if _from_environment not in NAMES:
     raise ValueError(
         f"PPKERNELS_BACKEND is {_from_environment!r}; it must be one of {', '.join(NAMES)}"
     )
 
 # One value for the process, not one per thread: autograd runs backward passes of GPU tensors in
-# threads of its own, and they must see the caller's choice.
+# threads of its own, and they must see the caller's choice. Blocks of several threads may end in
+# any order, so each removes its own entry; the last one that is open counts.
+_open: list[list[str]] = []
 _current = _from_environment
+_lock = threading.Lock()
 
 
 def uses_reference() -> bool:
@@ -41,8 +45,13 @@ def backend(name: str) -> Iterator[None]:
     global _current
     if name not in NAMES:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(NAMES)}")
-    before, _current = _current, name
+    entry = [name]
+    with _lock:
+        _open.append(entry)
+        _current = name
     try:
         yield
     finally:
-        _current = before
+        with _lock:
+            _open[:] = [other for other in _open if other is not entry]
+            _current = _open[-1][0] if _open else _from_environment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
             f"{op}: {name} must be float32, float64, bfloat16 or float16, got "
             f"{str(tensor.dtype).removeprefix('torch.')}"
         )
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor, got "
+            + ("a nested one" if tensor.is_nested else f"layout {tensor.layout}")
+        )
 
 
 def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -48,16 +51,18 @@ def check_alpha(op: str, alpha: float, name: str = "alpha") -> float:
         raise TypeError(
             f"{op}: {name} must be a float or a 0-dim float64 tensor, got {type(alpha).__name__}"
         )
-    if not (1 <= alpha < math.inf):
+    if not (1 <= alpha <= sys.float_info.max):
         raise ValueError(f"{op}: {name} must be a finite number >= 1, got {alpha}")
     return float(alpha)
 
 
-def alpha_tensor(op: str, alpha: float | Tensor, name: str = "alpha") -> Tensor:
-    """The exponent as a 0-dim float64 tensor.
+def alpha_tensor(
+    op: str, alpha: float | Tensor, device: torch.device | None = None, name: str = "alpha"
+) -> Tensor:
+    """The exponent as a 0-dim float64 tensor, on the CPU or, if one is named, on ``device``.
 
-    A tensor passes through untouched (its value is checked by the kernel, on the CPU only, so that
-    a GPU is never waited for); a number becomes a CPU tensor.
+    A number becomes a CPU tensor; a tensor passes through untouched. Its value is checked where
+    that waits for no GPU and breaks no graph that is being captured.
     """
     if not isinstance(alpha, Tensor):
         # The device is named because `with torch.device("meta")` would lose the value.
@@ -70,4 +75,12 @@ def alpha_tensor(op: str, alpha: float | Tensor, name: str = "alpha") -> Tensor:
         )
     if alpha.requires_grad:
         raise ValueError(f"{op}: there is no gradient with respect to {name}; pass {name}.detach()")
+    if device is not None and alpha.device.type != "cpu" and alpha.device != device:
+        raise ValueError(
+            f"{op}: {name} must be on the CPU or on the device of the weight, {device}, "
+            f"got {alpha.device}"
+        )
+    is_plain = type(alpha) is Tensor and not torch._C._are_functorch_transforms_active()
+    if is_plain and alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_alpha(op, alpha.item(), name)
     return alpha

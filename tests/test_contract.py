@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -392,6 +393,22 @@ def test_func_grad_of_grad(op: str) -> None:
     second = torch.func.grad(torch.func.grad(lambda x: call(x, 1.5)))
     result = torch.stack([second(x) for x in weight])
     torch.testing.assert_close(result, 1.5 * 0.5 * weight.sign() * weight.abs() ** -0.5)
+
+
+def test_torch_func_inside_torch_compile() -> None:
+    # The tracer would take the op for a constant: the graph breaks there, or full graphs fail.
+    def gradient(weight: Tensor) -> Any:
+        return torch.func.grad(lambda w: pp.power(w, 3.0).sum())(weight)
+
+    weight = torch.rand(7)
+    torch._dynamo.reset()
+    result = torch.compile(gradient, backend="aot_eager")(weight)
+    torch.testing.assert_close(result, 3 * weight.square())
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(gradient, backend="aot_eager", fullgraph=True)(weight)
+    compiled = torch.compile(lambda w: pp.power(w, 3.0).sum(), backend="aot_eager")
+    torch.testing.assert_close(torch.func.grad(compiled)(weight), 3 * weight.square())
 
 
 @each_op

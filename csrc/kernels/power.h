@@ -4,7 +4,9 @@
 // thread. Pointers need the element's own alignment. `out` may be one of the inputs or be apart
 // from all of them; other overlap is not allowed. `stream`: write around the cache; then `out` must
 // be none of the inputs. float32 and the half types are computed in float32, float64 in float64.
-// Zeros, infinities and NaN: see each formula; subnormal inputs count with their full value.
+// Zeros, infinities and NaN: see each formula; subnormal inputs count with their full
+// value, unless the thread flushes them (torch.set_flush_denormal): then as 0 or as some number
+// below 2^-126, which of the two depends on the instruction set.
 #pragma once
 
 #include <stdint.h>

@@ -137,7 +137,7 @@ inline Split split(f32v x) {
 #endif
 }
 
-// x · 2^floor(k), rounded once, for x in [2^-8, 2^8]; `floor_k` is floor(k) as an integer.
+// x · 2^floor(k), rounded once, for x in [2^-40, 2^16]; `floor_k` is floor(k) as an integer.
 // Above the largest float: inf; below the smallest normal: the nearest subnormal or 0.
 inline f32v scale(f32v x, f32v k, i32v floor_k) {
 #if defined(__AVX512F__)

@@ -153,6 +153,27 @@ void test_memory() {
   }
 }
 
+// Every instruction set gives the bits of the baseline.
+void test_same_bits() {
+  const ppkernels::PowerKernels& baseline = ppkernels::power_kernels(ppkernels::Isa::kBaseline);
+  Random random;
+  std::vector<float> x(20000), g(20000), a(20000), b(20000);
+  for (float& value : x) value = from_bits(random.next());
+  for (float& value : g) value = from_bits(random.next());
+  const int64_t n = int64_t(x.size());
+  for (double exponent : {0.3, 0.5, 1.0, 1.1, 1.25, 1.5, 2.0, 2.7, 3.0, 4.0, 8.0, 127.0, 200.0}) {
+    kernels->signed_power(Type::kFloat32, exponent, x.data(), a.data(), n, false);
+    baseline.signed_power(Type::kFloat32, exponent, x.data(), b.data(), n, false);
+    for (size_t i = 0; i < a.size(); ++i)
+      CHECK(same(a[i], b[i]), "%a to the power %g: %a, baseline %a", x[i], exponent, a[i], b[i]);
+    if (exponent < 1) continue;
+    kernels->power_backward(Type::kFloat32, exponent, g.data(), x.data(), a.data(), n, false);
+    baseline.power_backward(Type::kFloat32, exponent, g.data(), x.data(), b.data(), n, false);
+    for (size_t i = 0; i < a.size(); ++i)
+      CHECK(same(a[i], b[i]), "gradient at %a, alpha %g: %a, %a", x[i], exponent, a[i], b[i]);
+  }
+}
+
 void test_float64() {
   const double x[] = {0.3, -0.0, -2.0, 1e-300}, g[] = {1, 2, 3, 4};
   double y[4];
@@ -210,6 +231,7 @@ int main() {
   test_special_values();
   test_backward();
   test_memory();
+  test_same_bits();
   test_float64();
   test_half(Type::kFloat16, half_value, [](double x) { return rounded(x, 11, -24, 65504); });
   test_half(Type::kBFloat16, bfloat_value,

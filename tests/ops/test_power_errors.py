@@ -217,8 +217,70 @@ def test_the_third_derivative_is_an_error() -> None:
     (first,) = torch.autograd.grad(pp.power(weight, 2.5).sum(), weight, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), weight, create_graph=True)
     # The second term has a gradient: without an error the first would be left out in silence.
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="the third derivative is not implemented"):
         (second.sum() + weight.sum()).backward()
+
+
+WITHOUT_GRADIENT = {
+    "inverse_power": lambda weight: pp.inverse_power(weight, 2.0),
+    "rebase": lambda weight: pp.rebase(weight, 2.0, 3.0),
+    "power_double_backward": lambda weight: pp.power_double_backward(weight, weight, weight, 2.5),
+    "power(out=)": lambda weight: pp.power(weight, 2.0, out=torch.empty_like(weight)),
+}
+
+
+@pytest.mark.parametrize("op", WITHOUT_GRADIENT)
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_a_tangent_is_not_dropped_in_silence(op: str, backend: str) -> None:
+    weight = torch.rand(3)
+    with pp.backend(backend), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, weight)
+        with pytest.raises(RuntimeError, match="no gradient"):
+            WITHOUT_GRADIENT[op](dual)
+    with pp.backend(backend), pytest.raises(RuntimeError, match="no gradient"):
+        torch.func.jvp(WITHOUT_GRADIENT[op], (weight,), (weight,))
+
+
+def test_exponent_on_a_third_device() -> None:
+    alpha = torch.tensor(1.5, dtype=torch.float64, device="meta")
+    with raises(
+        ValueError, "power: alpha must be on the CPU or on the device of the weight, cpu", "meta"
+    ):
+        pp.power(torch.ones(3), alpha)
+
+
+def test_an_exponent_just_below_one_is_shown_as_such() -> None:
+    alpha = torch.tensor(1 - 1e-10, dtype=torch.float64)
+    with raises(ValueError, "power: alpha", "got 0.99999999"):
+        pp.power(torch.ones(3), alpha)
+    if pp.cpu_capability() != "reference":
+        with raises(RuntimeError, "power: alpha", "got 0.99999999"):
+            torch.ops.ppkernels.power(torch.ones(3), alpha)
+
+
+def test_out_that_is_a_negated_view() -> None:
+    out = torch.zeros(3, dtype=torch.complex64).conj().imag
+    with raises(ValueError, "power: out", "pass out.resolve_neg()"):
+        pp.power(torch.ones(3), 2.0, out=out)
+
+
+def test_backends_of_threads_that_overlap() -> None:
+    first, second = pp.backend("reference"), pp.backend("reference")
+    with first:
+        second.__enter__()
+    weight = torch.rand(5)
+    assert torch.equal(pp.power(weight, 1.3), pp.reference.power(weight, as_alpha(1.3)))
+    second.__exit__(None, None, None)
+    with pp.backend("kernels"):
+        pass
+    with pp.backend("reference"):
+        expected = pp.power(weight, 1.3)
+    # Back on what the process started with.
+    assert torch.allclose(pp.power(weight, 1.3), expected)
+
+
+def as_alpha(alpha: float) -> torch.Tensor:
+    return torch.tensor(alpha, dtype=torch.float64)
 
 
 # ---- the switch

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ppkernels import _backend
 from ppkernels._checks import alpha_tensor, check_alpha, check_floating, check_like
@@ -50,12 +51,12 @@ def power(weight: Tensor, alpha: float | Tensor, *, out: Tensor | None = None) -
     2021, section 2 (Ψ).
     """
     check_floating("power", "weight", weight)
-    alpha = alpha_tensor("power", alpha)
+    alpha = alpha_tensor("power", alpha, weight.device)
     if out is None:
         return Power.apply(weight, alpha)
     _check_out("power", out, weight)
     if _backend.uses_reference():
-        return out.copy_(_on_reference("power", weight, alpha))
+        return out.copy_(reference.power(weight, alpha))
     torch.ops.ppkernels.power_out(weight, alpha, out)
     return _written(out)
 
@@ -84,12 +85,12 @@ def power_backward(
     """
     check_floating("power_backward", "weight", weight)
     check_like("power_backward", "grad_theta", grad_theta, "weight", weight)
-    alpha = alpha_tensor("power_backward", alpha)
+    alpha = alpha_tensor("power_backward", alpha, weight.device)
     if out is None:
         return _PowerBackward.apply(grad_theta, weight, alpha)
     _check_out("power_backward", out, weight, grad_theta)
     if _backend.uses_reference():
-        return out.copy_(_on_reference("power_backward", grad_theta, weight, alpha))
+        return out.copy_(reference.power_backward(grad_theta, weight, alpha))
     torch.ops.ppkernels.power_backward_out(grad_theta, weight, alpha, out)
     return _written(out)
 
@@ -108,7 +109,7 @@ def power_double_backward(
     check_floating("power_double_backward", "weight", weight)
     for name, tensor in (("grad_grad_weight", grad_grad_weight), ("grad_theta", grad_theta)):
         check_like("power_double_backward", name, tensor, "weight", weight)
-    alpha = alpha_tensor("power_double_backward", alpha)
+    alpha = alpha_tensor("power_double_backward", alpha, weight.device)
     _check_no_grad("power_double_backward", grad_grad_weight, grad_theta, weight)
     return _power_double_backward(grad_grad_weight, grad_theta, weight, alpha)
 
@@ -129,10 +130,10 @@ def inverse_power(theta: Tensor, alpha: float | Tensor) -> Tensor:
         TypeError, ValueError: as `power`; RuntimeError where ``theta`` requires a gradient.
     """
     check_floating("inverse_power", "theta", theta)
-    alpha = alpha_tensor("inverse_power", alpha)
+    alpha = alpha_tensor("inverse_power", alpha, theta.device)
     _check_no_grad("inverse_power", theta)
     if _backend.uses_reference():
-        return _on_reference("inverse_power", theta, alpha)
+        return reference.inverse_power(theta, alpha)
     return torch.ops.ppkernels.inverse_power(theta, alpha)
 
 
@@ -153,17 +154,17 @@ def rebase(weight: Tensor, alpha_from: float | Tensor, alpha_to: float | Tensor)
         TypeError, ValueError: as `power`; RuntimeError where ``weight`` requires a gradient.
     """
     check_floating("rebase", "weight", weight)
-    alpha_from = alpha_tensor("rebase", alpha_from, "alpha_from")
-    alpha_to = alpha_tensor("rebase", alpha_to, "alpha_to")
+    alpha_from = alpha_tensor("rebase", alpha_from, weight.device, "alpha_from")
+    alpha_to = alpha_tensor("rebase", alpha_to, weight.device, "alpha_to")
     _check_no_grad("rebase", weight)
     if _backend.uses_reference():
-        return _on_reference("rebase", weight, alpha_from, alpha_to)
+        return reference.rebase(weight, alpha_from, alpha_to)
     return torch.ops.ppkernels.rebase(weight, alpha_from, alpha_to)
 
 
 def _check_out(op: str, out: Tensor, weight: Tensor, *inputs: Tensor) -> None:
     check_like(op, "out", out, "weight", weight)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, weight, *inputs)):
+    if _is_differentiated(out, weight, *inputs):
         raise RuntimeError(
             f"{op}: out= has no gradient; call it under torch.no_grad(), or leave out= away"
         )
@@ -172,6 +173,25 @@ def _check_out(op: str, out: Tensor, weight: Tensor, *inputs: Tensor) -> None:
             f"{op}: out has several elements in one place (shape {tuple(out.shape)}, strides "
             f"{out.stride()}); pass a tensor with a place for each"
         )
+    if not torch.compiler.is_compiling() and out.is_neg():
+        raise ValueError(f"{op}: out is a negated view of other memory; pass out.resolve_neg()")
+
+
+def _check_no_grad(op: str, *tensors: Tensor) -> None:
+    if _is_differentiated(*tensors):
+        raise RuntimeError(
+            f"{op}: this op has no gradient; call it under torch.no_grad() or on detached tensors"
+        )
+
+
+def _is_differentiated(*tensors: Tensor) -> bool:
+    """Whether a gradient is asked of any of them, backward or (with a tangent) forward."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    unpack: Any = forward_ad.unpack_dual
+    return any(unpack(tensor).tangent is not None for tensor in tensors)
 
 
 def _written(out: Tensor) -> Tensor:
@@ -181,193 +201,138 @@ def _written(out: Tensor) -> Tensor:
     return out
 
 
-def _check_no_grad(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(
-            f"{op}: this op has no gradient; call it under torch.no_grad() or on detached tensors"
-        )
+# ---- schemas, shapes, and the kernels of every device but the CPU
 
-
-def _on_reference(name: str, *args: Tensor) -> Tensor:
-    # The compiled kernels check the exponent's value themselves. A GPU is not waited for.
-    for alpha in args[-2:] if name == "rebase" else args[-1:]:
-        if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_alpha(name, alpha.item())
-    result: Tensor = getattr(reference, name)(*args)
-    return result
-
-
-# ---- schemas
-
-_SCHEMAS = {
-    "power": "(Tensor weight, Tensor alpha) -> Tensor",
-    "power_out": "(Tensor weight, Tensor alpha, Tensor(a!) out) -> ()",
-    "power_backward": "(Tensor grad_theta, Tensor weight, Tensor alpha) -> Tensor",
-    "power_backward_out": (
-        "(Tensor grad_theta, Tensor weight, Tensor alpha, Tensor(a!) out) -> ()"
-    ),
-    "power_double_backward": (
-        "(Tensor grad_grad_weight, Tensor grad_theta, Tensor weight, Tensor alpha) -> Tensor"
-    ),
-    "inverse_power": "(Tensor theta, Tensor alpha) -> Tensor",
-    "rebase": "(Tensor weight, Tensor alpha_from, Tensor alpha_to) -> Tensor",
+# Tensors and exponents of each op. The last tensor gives the result its shape, dtype and layout.
+_ARGUMENTS = {
+    "power": (("weight",), ("alpha",)),
+    "power_backward": (("grad_theta", "weight"), ("alpha",)),
+    "power_double_backward": (("grad_grad_weight", "grad_theta", "weight"), ("alpha",)),
+    "inverse_power": (("theta",), ("alpha",)),
+    "rebase": (("weight",), ("alpha_from", "alpha_to")),
 }
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"ppkernels::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-# ---- shapes
+# Ops that also come as <op>_out(..., Tensor(a!) out) -> ().
+_WITH_OUT = ("power", "power_backward")
 
 
-@torch.library.register_fake("ppkernels::power")
-def _(weight: Tensor, alpha: Tensor) -> Tensor:
-    return torch.empty_like(weight)
+def _define(name: str) -> None:
+    """Schema, shapes and reference kernel of one op, and what vmap makes of it."""
+    tensors, exponents = _ARGUMENTS[name]
+    arguments = ", ".join(f"Tensor {argument}" for argument in (*tensors, *exponents))
+    tags = (torch.Tag.pt2_compliant_tag,)
+
+    def shape(*args: Tensor) -> Tensor:
+        return torch.empty_like(args[len(tensors) - 1])
+
+    def kernel(*args: Tensor) -> Tensor:
+        # The compiled kernels check the exponent's value themselves. A GPU is not waited for.
+        for exponent in args[len(tensors) :]:
+            if exponent.device.type == "cpu":
+                check_alpha(name, exponent.item())
+        result: Tensor = getattr(reference, name)(*args)
+        out = shape(*args)
+        return result if result.stride() == out.stride() else out.copy_(result)
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+        # Elementwise: a batch dimension is one more dimension.
+        if any(dim is not None for dim in in_dims[len(tensors) :]):
+            raise RuntimeError(
+                f"vmap over {name}: the exponent cannot be batched; batch the weights instead, "
+                "with one exponent for all"
+            )
+        values = [
+            value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            for value, dim in zip(args[: len(tensors)], in_dims, strict=False)
+        ]
+        op = getattr(torch.ops.ppkernels, name).default
+        return op(*values, *args[len(tensors) :]), 0
+
+    torch.library.define(f"ppkernels::{name}", f"({arguments}) -> Tensor", tags=tags)
+    torch.library.register_fake(f"ppkernels::{name}", shape)
+    # The reference, wherever nothing better is registered for a device.
+    torch.library.impl(f"ppkernels::{name}", "CompositeExplicitAutograd", kernel)
+    torch.library.register_vmap(f"ppkernels::{name}", batched)
+    if name in _WITH_OUT:
+
+        def kernel_into(*args: Tensor) -> None:
+            args[-1].copy_(kernel(*args[:-1]))
+
+        into = f"ppkernels::{name}_out"
+        torch.library.define(into, f"({arguments}, Tensor(a!) out) -> ()", tags=tags)
+        torch.library.register_fake(into, lambda *args: None)
+        torch.library.impl(into, "CompositeExplicitAutograd", kernel_into)
 
 
-@torch.library.register_fake("ppkernels::power_out")
-def _(weight: Tensor, alpha: Tensor, out: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("ppkernels::power_backward")
-def _(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-    return torch.empty_like(weight)
-
-
-@torch.library.register_fake("ppkernels::power_backward_out")
-def _(grad_theta: Tensor, weight: Tensor, alpha: Tensor, out: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("ppkernels::power_double_backward")
-def _(grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-    return torch.empty_like(weight)
-
-
-@torch.library.register_fake("ppkernels::inverse_power")
-def _(theta: Tensor, alpha: Tensor) -> Tensor:
-    return torch.empty_like(theta)
-
-
-@torch.library.register_fake("ppkernels::rebase")
-def _(weight: Tensor, alpha_from: Tensor, alpha_to: Tensor) -> Tensor:
-    return torch.empty_like(weight)
-
-
-# ---- kernels: the reference wherever nothing better is registered, Triton on CUDA and ROCm
-
-
-def _like(result: Tensor, weight: Tensor) -> Tensor:
-    """``result`` in the memory layout that the schema promises."""
-    out = torch.empty_like(weight)
-    return result if result.stride() == out.stride() else out.copy_(result)
-
-
-@torch.library.impl("ppkernels::power", "CompositeExplicitAutograd")
-def _(weight: Tensor, alpha: Tensor) -> Tensor:
-    return _like(_on_reference("power", weight, alpha), weight)
-
-
-@torch.library.impl("ppkernels::power_out", "CompositeExplicitAutograd")
-def _(weight: Tensor, alpha: Tensor, out: Tensor) -> None:
-    out.copy_(_on_reference("power", weight, alpha))
-
-
-@torch.library.impl("ppkernels::power_backward", "CompositeExplicitAutograd")
-def _(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-    return _like(_on_reference("power_backward", grad_theta, weight, alpha), weight)
-
-
-@torch.library.impl("ppkernels::power_backward_out", "CompositeExplicitAutograd")
-def _(grad_theta: Tensor, weight: Tensor, alpha: Tensor, out: Tensor) -> None:
-    out.copy_(_on_reference("power_backward", grad_theta, weight, alpha))
-
-
-@torch.library.impl("ppkernels::power_double_backward", "CompositeExplicitAutograd")
-def _(grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-    product = _on_reference("power_double_backward", grad_grad_weight, grad_theta, weight, alpha)
-    return _like(product, weight)
-
-
-@torch.library.impl("ppkernels::inverse_power", "CompositeExplicitAutograd")
-def _(theta: Tensor, alpha: Tensor) -> Tensor:
-    return _like(_on_reference("inverse_power", theta, alpha), theta)
-
-
-@torch.library.impl("ppkernels::rebase", "CompositeExplicitAutograd")
-def _(weight: Tensor, alpha_from: Tensor, alpha_to: Tensor) -> Tensor:
-    return _like(_on_reference("rebase", weight, alpha_from, alpha_to), weight)
-
-
-def _gpu(name: str) -> Any:
+def _define_on_gpu(name: str) -> None:
     def launch(*args: Tensor) -> Any:
         # Triton is imported by the first call on a GPU, never by `import ppkernels`.
         from ppkernels.ops.power import gpu
 
         return getattr(gpu, name)(*args)
 
-    return launch
+    torch.library.impl(f"ppkernels::{name}", "CUDA", launch)
 
 
+for _name in _ARGUMENTS:
+    _define(_name)
 if importlib.util.find_spec("triton") is not None:
-    for _name in _SCHEMAS:
-        torch.library.impl(f"ppkernels::{_name}", "CUDA", _gpu(_name))
-
-
-# ---- vmap: every op is elementwise, so a batch dimension is one more dimension
-
-
-def _register_elementwise_vmap(name: str, exponents: int) -> None:
-    op = getattr(torch.ops.ppkernels, name).default
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
-        values, alphas = args[:-exponents], args[-exponents:]
-        if any(dim is not None for dim in in_dims[-exponents:]):
-            raise RuntimeError(
-                f"vmap over {name}: the exponent cannot be batched; batch the weights instead"
-            )
-        batched = [
-            value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-            for value, dim in zip(values, in_dims, strict=False)
-        ]
-        return op(*batched, *alphas), 0
-
-    torch.library.register_vmap(f"ppkernels::{name}", rule)
-
-
-for _name, _exponents in (
-    ("power", 1),
-    ("power_backward", 1),
-    ("power_double_backward", 1),
-    ("inverse_power", 1),
-    ("rebase", 2),
-):
-    _register_elementwise_vmap(_name, _exponents)
+    for _name in (*_ARGUMENTS, *(f"{_name}_out" for _name in _WITH_OUT)):
+        _define_on_gpu(_name)
 
 # ---- autograd
 
-# Looked up once: the attribute chain costs half a microsecond, and a layer makes two calls a step.
 _POWER = torch.ops.ppkernels.power.default
 _POWER_BACKWARD = torch.ops.ppkernels.power_backward.default
 _POWER_DOUBLE_BACKWARD = torch.ops.ppkernels.power_double_backward.default
+# What an overload's __call__ forwards to, which takes a third of a microsecond; a layer makes two
+# calls a step. Tracers need the overload itself.
+_POWER_NOW = getattr(_POWER, "_op", _POWER)
+_POWER_BACKWARD_NOW = getattr(_POWER_BACKWARD, "_op", _POWER_BACKWARD)
+
+# Note [torch.func inside torch.compile]
+#
+# Under torch.func's gradients torch.compile looks into a Function's forward and ignores its
+# backward, and the op by itself has no gradient: the result would be zero. So the tracer is stopped
+# there; without fullgraph=True it then leaves that part to eager mode, which is right.
+
+
+@torch.compiler.assume_constant_result
+def _is_transformed_by_gradients() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key().name in ("Grad", "Jvp") for level in stack)
+
+
+def _refuse_untraceable_gradients() -> None:
+    if torch._C._are_functorch_transforms_active() and _is_transformed_by_gradients():
+        raise RuntimeError(
+            "power: gradients of torch.func cannot be traced inside torch.compile; leave "
+            "torch.func.grad outside of it, or use backward()"
+        )
 
 
 def _power(weight: Tensor, alpha: Tensor) -> Tensor:
     if _backend.uses_reference():
-        return _on_reference("power", weight, alpha)
-    return _POWER(weight, alpha)
+        return reference.power(weight, alpha)
+    if torch.compiler.is_compiling():
+        _refuse_untraceable_gradients()
+        return _POWER(weight, alpha)
+    return _POWER_NOW(weight, alpha)
 
 
 def _power_backward(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
     if _backend.uses_reference():
-        return _on_reference("power_backward", grad_theta, weight, alpha)
-    return _POWER_BACKWARD(grad_theta, weight, alpha)
+        return reference.power_backward(grad_theta, weight, alpha)
+    if torch.compiler.is_compiling():
+        _refuse_untraceable_gradients()
+        return _POWER_BACKWARD(grad_theta, weight, alpha)
+    return _POWER_BACKWARD_NOW(grad_theta, weight, alpha)
 
 
 def _power_double_backward(
     grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: Tensor
 ) -> Tensor:
     if _backend.uses_reference():
-        return _on_reference("power_double_backward", grad_grad_weight, grad_theta, weight, alpha)
+        return reference.power_double_backward(grad_grad_weight, grad_theta, weight, alpha)
     return _POWER_DOUBLE_BACKWARD(grad_grad_weight, grad_theta, weight, alpha)
 
 
@@ -377,8 +342,9 @@ class Power(torch.autograd.Function):
     ``Power.apply(weight, alpha)``: φ of any shape and a 0-dim float64 tensor α; returns θ. Plain
     autograd over ``w * w.abs().pow(alpha - 1)`` gives NaN at φ = 0 for 1 < α < 2; this does not.
     Differentiable twice, works under torch.func.vmap, grad and jacrev and in
-    torch.compile(fullgraph=True); forward-mode differentiation is refused with PyTorch's error.
-    Arguments are not checked: `pp.power` is the checked way in.
+    torch.compile(fullgraph=True), though gradients of torch.func inside torch.compile break the
+    graph (Note [torch.func inside torch.compile]); forward-mode differentiation is refused with
+    PyTorch's error. Arguments are not checked: `pp.power` is the checked way in.
     """
 
     @classmethod
@@ -441,9 +407,12 @@ class _PowerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_grad_weight: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_theta, weight, alpha = ctx.saved_tensors
+        for_grad, for_weight, _ = ctx.needs_input_grad
         return (
-            _PowerBackward.apply(grad_grad_weight, weight, alpha),
-            _PowerDoubleBackward.apply(grad_grad_weight, grad_theta, weight, alpha),
+            _PowerBackward.apply(grad_grad_weight, weight, alpha) if for_grad else None,
+            _PowerDoubleBackward.apply(grad_grad_weight, grad_theta, weight, alpha)
+            if for_weight
+            else None,
             None,
         )
 
