@@ -1,4 +1,12 @@
-"""Refuses the optimizers that would train a weight θ as if it were not powered."""
+"""Refuses the optimizers that would train a weight θ as if it were not powered.
+
+What it cannot see, because the optimizer's tensors are not the layer's own: float32 master copies
+of half-precision weights, the flattened parameters of FSDP1 (FSDP2 is seen), functional optimizers
+that never call ``torch.optim.Optimizer.step``. Nor does it look again where nothing tells it to: a
+Parameter exchanged in place in a group's list, other than the first, or one put by hand into
+``layer._parameters`` that an optimizer looked through before has already. `pp.optim.PowerSGD`
+looks at each step.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +19,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ppkernels import _powered
 
-# For each optimizer: when it was looked through (the registry's generation and the number of its
-# parameters), and which of its parameters are weights of θ-storing layers.
-_seen: WeakKeyDictionary[Optimizer, tuple[int, int, list[Tensor]]] = WeakKeyDictionary()
+# When an optimizer was looked through: the registry's generation, its groups' own lists with their
+# length and first tensor, and which of its tensors are weights of θ-storing layers. Every tensor of
+# the lists by itself would cost more than all the rest.
+_Group = tuple[list[Tensor], int, Tensor | None]
+_Look = tuple[object, list[_Group], list[Tensor]]
+_NEVER: _Look = (None, [], [])
+_seen: WeakKeyDictionary[Optimizer, _Look] = WeakKeyDictionary()
 
 
 def _refuse_plain_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -24,29 +36,53 @@ def _refuse_plain_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """
     if not _powered.any_layers() or getattr(optimizer, "steps_theta", False):
         return
-    size = 0
-    for group in optimizer.param_groups:
-        size += len(group["params"])
-    seen = _seen.get(optimizer)
-    if seen is None or seen[0] != _powered.generation() or seen[1] != size:
-        seen = _seen[optimizer] = (_powered.generation(), size, _theta_weights(optimizer))
-    for weight in seen[2]:
+    generation, known, weights = _seen.get(optimizer, _NEVER)
+    if generation is not _powered.generation() or _differ(optimizer.param_groups, known):
+        look = _seen[optimizer] = _look_through(optimizer)
+        weights = look[2]
+    for weight in weights:
         # A closure may fill the gradient later; a frozen weight that kept one would still move.
         if weight.requires_grad or weight.grad is not None:
-            raise RuntimeError(_refusal(optimizer, weight))
+            _refuse(optimizer, weight)
 
 
-def _theta_weights(optimizer: Optimizer) -> list[Tensor]:
+def _differ(groups: list[dict[str, Any]], known: list[_Group]) -> bool:
+    """Whether the groups hold other tensors than when they were looked through."""
+    if len(groups) != len(known):
+        return True
+    for group, (params, size, first) in zip(groups, known):  # noqa: B905 - no time for strict
+        if (
+            group["params"] is not params
+            or len(params) != size
+            or (size and params[0] is not first)
+        ):
+            return True
+    return False
+
+
+def _look_through(optimizer: Optimizer) -> _Look:
+    # Taken first: what changes during the look makes it old again.
+    generation = _powered.generation()
     _powered.refresh()
-    return [
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if _powered.theta_layer(parameter) is not None
-    ]
+    lists = [group["params"] for group in optimizer.param_groups]
+    return (
+        generation,
+        [(params, len(params), params[0] if params else None) for params in lists],
+        [
+            weight
+            for params in lists
+            for weight in params
+            if _powered.theta_layer(weight) is not None
+        ],
+    )
 
 
-def _refusal(optimizer: Optimizer, weight: Tensor) -> str:
+def _refuse(optimizer: Optimizer, weight: Tensor) -> None:
+    """Raise, unless the layer is gone by now or the optimizer hands its steps to one that knows."""
+    layer = _powered.theta_layer(weight)
+    # ZeroRedundancyOptimizer and wrappers like it have the optimizer that steps as `optim`.
+    if layer is None or getattr(getattr(optimizer, "optim", None), "steps_theta", False):
+        return
     name = type(optimizer).__name__
     frozen = (
         ""
@@ -54,8 +90,8 @@ def _refusal(optimizer: Optimizer, weight: Tensor) -> str:
         else " (The weight is frozen, but its .grad is not None, so the step would move it all the "
         "same: set .grad to None.)"
     )
-    return (
-        f"{name}.step: the weight of {_powered.theta_layer(weight)} holds theta, and {name} would "
+    raise RuntimeError(
+        f"{name}.step: the weight of {layer} holds theta, and {name} would "
         "train it as a plain weight, without the power. Two ways out: step it with pp.optim."
         "PowerSGD, or let the layer store phi, which any optimizer may step: "
         f"pp.powerize(pp.fold(model), alpha, stores='phi').{frozen}"

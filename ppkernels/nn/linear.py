@@ -54,7 +54,8 @@ class PowerLinear(Powered, nn.Linear):
             self.set_theta(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        # `theta` spelled out: the property would cost a third of a small layer's overhead.
+        # `theta` spelled out: a property, and a buffer looked up as an attribute, are dear here.
         if self.stores == "theta":
             return F.linear(input, self.weight, self.bias)
-        return F.linear(input, Power.apply(self.weight, self.alpha), self.bias)
+        alpha: Any = self._buffers["alpha"]
+        return F.linear(input, Power.apply(self.weight, alpha), self.bias)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ppkernels import _powered
 from ppkernels._checks import alpha_tensor, check_alpha, check_floating
-from ppkernels._powered import Keep, Stores
+from ppkernels._powered import Keep, PoweredLayer, Stores, weight_parameter
 from ppkernels.autograd import Power
+from ppkernels.nn.checkpoint import refuse_to_convert, saved_alpha
 from ppkernels.ops import inverse_power, power, rebase
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -29,6 +30,9 @@ class Powered(nn.Module):
         stores: ``"theta"`` or ``"phi"``; fixed when the layer is made.
         alpha: α, a 0-dim float64 buffer. It follows the layer from device to device but keeps its
             dtype and its value through every cast; on devices without float64 it stays on the CPU.
+
+    Where φ is stored, whoever writes to ``weight`` writes φ: ``nn.init.kaiming_uniform_(weight)``
+    draws φ, not θ. Draw θ aside and give it to `set_theta`, or use `pp.nn.init`.
 
     Checkpoints: the state_dict holds what the plain layer's would, plus ``alpha``, and where φ is
     stored a 0-dim ``stores_phi``, 1, that says so. Loading converts: from φ to θ or back where
@@ -103,15 +107,8 @@ class Powered(nn.Module):
     def set_alpha(self, alpha: float | Tensor, *, keep: Keep) -> None:
         """As `pp.set_alpha` on this layer; layers that share its weight change with it."""
         value = alpha_value("set_alpha", alpha)
-        if keep not in ("phi", "theta"):
-            raise ValueError(f"set_alpha: keep must be 'phi' or 'theta', got {keep!r}")
-        weight = self._own_weight("set_alpha")
-        layers = {id(layer): layer for layer in (self, *_powered.layers_of(weight))}.values()
-        if any(layer.stores != self.stores for layer in layers):
-            raise ValueError(
-                f"set_alpha: {self} shares its weight with a layer that stores "
-                f"{'phi' if self.stores == 'theta' else 'theta'}; one weight cannot be both"
-            )
+        check_keep(keep)
+        weight, layers = self._may_change_alpha()
         if keep != self.stores:
             # θ = sign(φ)|φ|^α both times, so φ kept is θ ↦ |θ|^(α'/α) and θ kept is φ ↦ |φ|^(α/α').
             before, after = self.alpha, torch.full_like(self.alpha, value)
@@ -120,6 +117,17 @@ class Powered(nn.Module):
                 weight.copy_(rebase(weight, *exponents))
         for layer in layers:
             layer.alpha.fill_(value)
+
+    def _may_change_alpha(self) -> tuple[nn.Parameter, list[PoweredLayer]]:
+        """The weight, and all the layers whose exponent belongs to it; an error if they differ."""
+        weight = self._own_weight("set_alpha")
+        layers = {id(layer): layer for layer in (self, *_powered.layers_of(weight))}
+        if any(layer.stores != self.stores for layer in layers.values()):
+            raise ValueError(
+                f"set_alpha: {self} shares its weight with a layer that stores "
+                f"{'phi' if self.stores == 'theta' else 'theta'}; one weight cannot be both"
+            )
+        return weight, list(layers.values())
 
     def become_plain(self) -> None:
         """Turn into the plain layer again. The weight keeps its bits, so it must hold θ by now.
@@ -155,8 +163,21 @@ class Powered(nn.Module):
         super().__delattr__(name)
         _powered.weights_changed()
 
+    def _replicate_for_data_parallel(self) -> Powered:
+        # nn.Module's own would come through __new__, and each enrolment makes every optimizer look
+        # through its weights again. A replica lives for one forward and trains nothing.
+        replica: Powered = object.__new__(type(self))
+        replica.__dict__ = {
+            **self.__dict__,
+            "_parameters": {},
+            "_buffers": self._buffers.copy(),
+            "_modules": self._modules.copy(),
+            "_is_replica": True,
+        }
+        return replica
+
     def _own_weight(self, op: str) -> nn.Parameter:
-        weight = _powered.weight_parameter(self)
+        weight = weight_parameter(self)
         if weight is None:
             raise RuntimeError(
                 f"{op}: the weight of {self} is no longer a Parameter of its own "
@@ -174,6 +195,7 @@ class Powered(nn.Module):
 
         super()._apply(on_all_but_own, recurse)  # type: ignore[no-untyped-call]
         cast(Powered, self)._place_buffers()
+        cast(Powered, self)._share_buffers()
         _powered.weights_changed()
         return self
 
@@ -186,6 +208,16 @@ class Powered(nn.Module):
             buffer = self._buffers.get(name)
             if buffer is not None and buffer.device != device:
                 self._buffers[name] = buffer.to(device)
+
+    def _share_buffers(self) -> None:
+        """After share_memory() the weight is shared, and processes need one exponent for it."""
+        weight = self.weight
+        if type(weight) is not nn.Parameter or weight.device.type != "cpu":
+            return
+        if weight.is_shared():  # type: ignore[no-untyped-call]
+            for name in ("alpha", "stores_phi"):
+                if name in self._buffers:
+                    self._buffers[name].share_memory_()  # type: ignore[union-attr]
 
     # ---- checkpoints
 
@@ -200,14 +232,16 @@ class Powered(nn.Module):
         error_msgs: list[str],
     ) -> None:
         saved_phi = bool(state_dict.pop(prefix + "stores_phi", False))
-        alpha = self._saved_alpha(state_dict.get(prefix + "alpha"), prefix, error_msgs)
-        weight = state_dict.get(prefix + "weight")
-        if isinstance(weight, Tensor) and saved_phi != (self.stores == "phi"):
-            # In the wider of the two dtypes, so that the value is rounded once.
-            if not local_metadata.get("assign_to_params_buffers", False):
-                weight = weight.to(torch.promote_types(weight.dtype, self.weight.dtype))
-            convert = power if saved_phi else inverse_power
-            state_dict[prefix + "weight"] = convert(weight.detach(), alpha)
+        alpha = saved_alpha(state_dict.get(prefix + "alpha"), self.alpha, prefix, error_msgs)
+        if saved_phi != (self.stores == "phi"):
+            if weight_parameter(self) is None:
+                refuse_to_convert(state_dict, prefix, saved_phi, error_msgs)
+            elif isinstance(weight := state_dict.get(prefix + "weight"), Tensor):
+                # In the wider of the two dtypes, so that the value is rounded once.
+                if not local_metadata.get("assign_to_params_buffers", False):
+                    weight = weight.to(torch.promote_types(weight.dtype, self.weight.dtype))
+                convert = power if saved_phi else inverse_power
+                state_dict[prefix + "weight"] = convert(weight.detach(), alpha)
         # The loader takes these as the layer's own: same kind, no key missing, none unexpected.
         state_dict[prefix + "alpha"] = torch.full_like(self.alpha, alpha)
         if self.stores == "phi":
@@ -225,28 +259,6 @@ class Powered(nn.Module):
         self._place_buffers()
         _powered.weights_changed()
 
-    def _saved_alpha(self, saved: Tensor | None, prefix: str, error_msgs: list[str]) -> float:
-        """The exponent of a checkpoint; the layer's own for a plain layer's checkpoint."""
-        own = float(self.alpha)
-        if saved is None:
-            return own
-        value: Any = saved.item() if saved.numel() == 1 else saved.tolist()
-        if saved.dtype != torch.float64:
-            # A checkpoint cast as a whole, say to bfloat16: the rounded exponent is another one.
-            if value == self.alpha.to(saved.dtype).item():
-                return own
-            error_msgs.append(
-                f'"{prefix}alpha" must be float64, got {saved.dtype} (value {value}); a rounded '
-                "exponent is another exponent, so save it in float64, or leave the key out and "
-                "give the layer its alpha"
-            )
-            return own
-        try:
-            return check_alpha(f'"{prefix}alpha"', value)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(str(error))
-            return own
-
 
 def check_stores(op: str, stores: str) -> None:
     """``stores`` is one of the two words."""
@@ -254,10 +266,16 @@ def check_stores(op: str, stores: str) -> None:
         raise ValueError(f"{op}: stores must be 'theta' or 'phi', got {stores!r}")
 
 
+def check_keep(keep: str) -> None:
+    """``keep`` is one of the two words."""
+    if keep not in ("phi", "theta"):
+        raise ValueError(f"set_alpha: keep must be 'phi' or 'theta', got {keep!r}")
+
+
 def alpha_value(op: str, alpha: float | Tensor) -> float:
     """The exponent as a checked Python float; a tensor on a GPU is waited for."""
     if isinstance(alpha, Tensor):
-        alpha = alpha_tensor(op, alpha).item()
+        alpha = alpha_tensor(op, alpha, alpha.device).item()
     return check_alpha(op, alpha)
 
 
@@ -279,15 +297,20 @@ def set_alpha(module: nn.Module, alpha: float | Tensor, *, keep: Keep) -> None:
         keep: ``"phi"`` or ``"theta"``.
 
     Raises:
-        TypeError, ValueError: an exponent that is none, another word in ``keep``, no powered layer.
+        TypeError, ValueError: an exponent that is none, another word in ``keep``, no powered layer,
+            tied layers that store different things.
+        RuntimeError: a weight that torch.nn.utils has parametrized or pruned.
+
+    Nothing is changed when an error is raised.
     """
-    layers = _powered.powered_layers(module)
+    value = alpha_value("set_alpha", alpha)
+    check_keep(keep)
+    layers = [cast(Powered, layer) for layer in _powered.powered_layers(module).values()]
     if not layers:
         raise ValueError(
             f"set_alpha: {type(module).__name__} holds no powered layer; pp.powerize makes them"
         )
-    weights = set()
-    for layer in layers.values():
-        if id(layer.weight) not in weights:
-            weights.add(id(layer.weight))
-            layer.set_alpha(alpha, keep=keep)
+    for layer in layers:
+        layer._may_change_alpha()
+    for layer in {id(layer.weight): layer for layer in layers}.values():
+        layer.set_alpha(value, keep=keep)

@@ -2,73 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ppkernels import _powered
 from ppkernels._checks import alpha_tensor, check_alpha
-from ppkernels.ops import inverse_power, power, power_backward
+from ppkernels.optim.rule import Rule, check_rule, moved, phi_gradient
 
-Rule = Literal["virtual", "chain"]
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-
-# ---- the mathematics of one weight
-
-
-def chain_gradient(grad_theta: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
-    """∂L/∂φ = ∂L/∂θ · α|φ|^(α−1), with φ = sign(θ)·|θ|^(1/α)."""
-    return power_backward(grad_theta, inverse_power(theta, alpha), alpha)
-
-
-def sgd_step(
-    theta: Tensor, direction: Tensor, alpha: Tensor, lr: float, rule: Rule = "virtual"
-) -> Tensor:
-    """θ after one step of φ, computed on θ alone: θ' = Ψ(φ + δ) = θ·Ψ(1 + δ/φ), Ψ(x) = x|x|^(α−1).
-
-    ``"virtual"``: δ = −lr·u·α|φ|^(α−1), u the optimizer's direction in ∂L/∂θ;
-    ``"chain"``:   δ = −lr·u, u its direction in ∂L/∂φ.
-
-    Args:
-        theta: θ, of any shape, float32, float64, bfloat16 or float16.
-        direction: u, of ``theta``'s shape, dtype and device.
-        alpha: α ≥ 1, a 0-dim float64 tensor.
-        lr: the learning rate.
-        rule: ``"virtual"`` or ``"chain"``.
-
-    Returns:
-        θ', of ``theta``'s shape and dtype.
-
-    Exactness: as if φ were stored in ``theta``'s dtype, in float32 for the half types. δ = 0 gives
-    θ bit for bit; α = 1 gives θ − lr·u as torch.optim.SGD computes it; θ = 0 stays 0 for α > 1; a
-    direction that is not finite gives a θ' that is not.
-
-    Source: Schwarz et al. 2021, section 2 and appendix (the virtual rule).
-    """
-    wide = torch.promote_types(theta.dtype, torch.float32)
-    old, u = theta.to(wide), direction.to(wide)
-    phi = inverse_power(old, alpha)
-    if rule == "virtual":
-        delta = -lr * power_backward(u, phi, alpha)
-    else:
-        # At φ = 0 momentum would move a weight that has no gradient: the slope there stops it.
-        delta = torch.where(phi == 0, power_backward(-lr * u, phi, alpha), -lr * u)
-    # While φ is the larger, θ·Ψ(1 + δ/φ): a rounded φ cancels out of it. Where δ is, δ/φ could
-    # overflow, and Ψ(φ + δ) is as exact.
-    is_near = delta.abs() < phi.abs()
-    base = torch.where(is_near, 1 + delta / phi, phi + delta)
-    moved = power(base, alpha) * torch.where(is_near, old, 1)
-    moved = torch.where(delta == 0, old, moved)
-    # A branch on α would wait for a GPU.
-    is_plain = (alpha == 1).to(theta.device)
-    return torch.where(is_plain, theta.add(direction, alpha=-lr), moved.to(theta.dtype))
-
-
-# ---- the optimizer
 
 
 class PowerSGD(Optimizer):
@@ -106,13 +53,20 @@ class PowerSGD(Optimizer):
     α > 1.
 
     Raises:
-        ValueError: an option out of range; layers that share a weight but not α and ``stores``.
+        TypeError: an option that is no number; ``weight_decay`` in a group, which is not supported.
+        ValueError: an option out of range; layers that share a weight but not α and ``stores``,
+            at a step too.
         RuntimeError: at a step, sparse gradients, or a weight that torch.nn.utils has replaced.
+
+    Under torch.compile a step is a graph break and runs as it is.
 
     Source: Schwarz et al., "Powerpropagation: A sparsity inducing weight reparameterisation", 2021.
     """
 
     steps_theta = True
+
+    # The registry's generation when the layers that share a weight were last found to agree.
+    _agreed: object = None
 
     def __init__(
         self,
@@ -148,12 +102,26 @@ class PowerSGD(Optimizer):
             self.param_groups.pop()
             raise
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over another optimizer's state; options that it lacks stay this optimizer's own.
+
+        So the state_dict of a torch.optim.SGD may be loaded, momentum and all.
+        """
+        own = {**state.get("defaults", getattr(self, "defaults", {}))}
+        groups = [{**own, **group} for group in state.get("param_groups", [])]
+        for group in groups:
+            _check_options(group)
+        super().__setstate__({**state, "param_groups": groups})
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # Looking for a weight's layers is nothing that a graph could hold. torch.optim's own way to say
+    # so: torch.compiler.disable would import the compiler, and Triton, with this module.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step; ``closure``, if given, computes the loss anew and returns it."""
@@ -161,9 +129,21 @@ class PowerSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._look_at_layers()
         for group in self.param_groups:
             self._step_group(group)
         return loss
+
+    def _look_at_layers(self) -> None:
+        """Before a step: which weights hold θ may be another matter than at the last one."""
+        _powered.notice_exchanges()
+        generation = _powered.generation()
+        if self._agreed is generation:
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                _check_owners(parameter, group["alpha"])
+        self._agreed = generation
 
     def _step_group(self, group: dict[str, Any]) -> None:
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -176,7 +156,7 @@ class PowerSGD(Optimizer):
             grads = list(torch._foreach_neg(grads))
         if rule == "chain":
             grads = [
-                grad if alpha is None else chain_gradient(grad, theta, alpha)
+                grad if alpha is None else phi_gradient(grad, theta, alpha)
                 for grad, theta, alpha in zip(grads, params, alphas, strict=True)
             ]
         directions = self._directions(params, grads, group)
@@ -187,7 +167,7 @@ class PowerSGD(Optimizer):
             )
         for theta, direction, alpha in zip(params, directions, alphas, strict=True):
             if alpha is not None:
-                theta.copy_(sgd_step(theta, direction, alpha, lr, rule))
+                theta.copy_(moved(theta, direction, alpha, lr, rule))
 
     def _directions(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
@@ -210,21 +190,35 @@ class PowerSGD(Optimizer):
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    if options["rule"] not in ("virtual", "chain"):
-        raise ValueError(f"PowerSGD: rule must be 'virtual' or 'chain', got {options['rule']!r}")
-    for name in ("lr", "momentum"):
-        if not options[name] >= 0:
-            raise ValueError(f"PowerSGD: {name} must be a number >= 0, got {options[name]}")
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+    check_rule("PowerSGD", options["rule"])
+    if options.get("weight_decay"):
+        raise TypeError(f"PowerSGD has no weight_decay, got {options['weight_decay']}")
+    lr, momentum, dampening = (
+        _finite(name, options[name]) for name in ("lr", "momentum", "dampening")
+    )
+    for name, value in (("lr", lr), ("momentum", momentum)):
+        if value < 0:
+            raise ValueError(f"PowerSGD: {name} must be a number >= 0, got {value}")
+    if options["nesterov"] and (momentum <= 0 or dampening != 0):
         raise ValueError(
             "PowerSGD: nesterov needs momentum > 0 and dampening = 0, got "
             f"{options['momentum']} and {options['dampening']}"
         )
     alpha = options["alpha"]
     if isinstance(alpha, Tensor):
-        alpha = alpha_tensor("PowerSGD", alpha).item()
+        alpha = alpha_tensor("PowerSGD", alpha, alpha.device).item()
     if alpha is not None:
         check_alpha("PowerSGD", alpha)
+
+
+def _finite(name: str, value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A scheduler may want the learning rate as a tensor.
+    if not is_number and not (name == "lr" and isinstance(value, Tensor) and value.numel() == 1):
+        raise TypeError(f"PowerSGD: {name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"PowerSGD: {name} must be a finite number, got {float(value)}")
+    return float(value)
 
 
 def _check_owners(parameter: Tensor, group_alpha: float | Tensor | None) -> None:
@@ -250,7 +244,7 @@ def _alpha(parameter: Tensor, group_alpha: float | Tensor | None) -> Tensor | No
     elif group_alpha is None or _powered.layers_of(parameter):
         return None
     else:
-        alpha = alpha_tensor("PowerSGD", group_alpha)
+        alpha = alpha_tensor("PowerSGD", group_alpha, parameter.device)
     # At α = 1 the powered step is the plain one; on a GPU, finding out would wait for it.
     return None if alpha.device.type == "cpu" and alpha.item() == 1 else alpha
 

@@ -12,20 +12,6 @@ from torch.nn.utils import prune
 import ppkernels as pp
 
 
-class TiedModel(nn.Module):
-    """A small language model whose output layer shares its weight with the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(11, 8)
-        self.mix = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 11, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.mix(self.tokens(x))))
-
-
 def mlp() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(6, 5), nn.ReLU(), nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
@@ -95,7 +81,6 @@ def test_idempotent() -> None:
         pp.powerize(model, 2.0)
     with pytest.raises(ValueError, match=r"powered already and stores theta, not phi; .* pp\.fold"):
         pp.powerize(model, 1.5, "phi")
-    pp.powerize(model, 2.0, select=lambda name, module: False)
     partly = nn.Sequential(pp.nn.PowerLinear(3, 3, alpha=2), nn.Linear(3, 3))
     pp.powerize(partly, 1.5, select=["1"])
     assert [layer.alpha.item() for layer in partly] == [2.0, 1.5]
@@ -109,7 +94,7 @@ def powered_names(model: nn.Module) -> dict[str, float]:
     }
 
 
-def test_choice_of_layers_and_of_alpha() -> None:
+def test_choice_of_layers_and_of_alpha(tied_model: type[nn.Module]) -> None:
     assert powered_names(pp.powerize(mlp(), 2, select=lambda name, _: name != "2.1")) == {
         "0": 2.0,
         "2.0": 2.0,
@@ -121,8 +106,9 @@ def test_choice_of_layers_and_of_alpha() -> None:
         "2.0": 2.5,
         "2.1": 2.5,
     }
-    asked = []
-    pp.powerize(TiedModel(), 2, select=lambda name, _: bool(asked.append(name)))
+    model, asked = tied_model(), []
+    del model.encoder
+    pp.powerize(model, 2, select=lambda name, _: asked.append(name) or name == "mix")
     assert asked == ["mix", "head"]
 
 
@@ -143,6 +129,61 @@ def test_choices_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="mean the same layer"):
         pp.powerize(nn.Sequential(shared, shared), {"0": 2.0, "1": 2.0})
     assert type(shared) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        (
+            nn.ConvTranspose2d(2, 2, 1),
+            TypeError,
+            "the ConvTranspose2d given cannot be .*: only nn.L",
+        ),
+        (nn.Embedding(2, 2), TypeError, "the Embedding given cannot be powered: only nn.Linear"),
+        (nn.LazyLinear(2), TypeError, "the LazyLinear given cannot be powered: it is lazy"),
+        (nn.Sequential(), ValueError, "Sequential holds no layer that can be powered: only nn.Lin"),
+        (nn.ReLU(), ValueError, "ReLU holds no layer that can be powered: only nn.Linear"),
+        (
+            nn.Sequential(nn.ReLU(), nn.LazyLinear(2)),
+            ValueError,
+            r"Sequential holds no layer that can be powered: '1' \(LazyLinear\): it is lazy",
+        ),
+        ("x", TypeError, "powerize: model must be a torch.nn.Module, got str"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nothing_to_power(model: object, kind: type, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        pp.powerize(model, 2.0)
+
+
+def test_nothing_selected() -> None:
+    for alpha, select in ((2.0, lambda *_: False), (2.0, []), ({}, None), ({"0": 2.0}, [])):
+        with pytest.raises(ValueError, match="of Sequential no layer at all was selected"):
+            pp.powerize(mlp(), alpha, select=select)
+    with pytest.raises(TypeError, match="select must be several names or a function, got 5"):
+        pp.powerize(mlp(), 2.0, select=5)
+    with pytest.raises(ValueError, match="Sequential has no module named 'typo'"):
+        pp.powerize(mlp(), {"0": 2.0, "typo": 3.0}, select=["0"])
+    with pytest.raises(TypeError, match=r"fold: model must be a torch\.nn\.Module, got int"):
+        pp.fold(3)
+
+
+def test_gradients_of_weights_that_change_their_meaning_are_dropped() -> None:
+    for stores in ("theta", "phi"):
+        layer = nn.Linear(3, 3)
+        layer(torch.ones(1, 3)).sum().backward()
+        pp.powerize(layer, 2.0, stores)
+        assert (layer.weight.grad is None) == (stores == "phi")
+        assert layer.bias.grad is not None
+        layer(torch.ones(1, 3)).sum().backward()
+        pp.fold(layer)
+        assert (layer.weight.grad is None) == (stores == "phi")
+
+
+def test_a_pruned_layer_that_is_powered_already_stays() -> None:
+    model = nn.Sequential(prune.identity(pp.nn.PowerLinear(3, 3, alpha=2), "weight"))
+    pp.powerize(model, 2.0)
 
 
 class OwnLinear(nn.Linear):
@@ -184,89 +225,7 @@ def test_an_attribute_in_the_way() -> None:
         pp.powerize(nn.Sequential(layer), 2.0, select=["0"])
 
 
-# ---- weights that are shared, or read by others
-
-
-@pytest.mark.parametrize("stores", ["theta", "phi"])
-def test_tied_layers_stay_tied(stores: str) -> None:
-    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
-    model[2].weight = model[0].weight
-    x, expected = torch.randn(3, 5), None
-    expected = model(x)
-    pp.powerize(model, 2.0, stores)
-    assert model[2].weight is model[0].weight
-    out = model(x)
-    torch.testing.assert_close(out, expected)
-    pp.fold(model)
-    assert model[2].weight is model[0].weight
-    assert torch.equal(model(x), out)
-    with pytest.raises(
-        ValueError, match="share one weight, so they need the same alpha and stores"
-    ):
-        pp.powerize(model, {"0": 2.0, "2": 3.0}, stores)
-    twin = copy.deepcopy(pp.powerize(model, 2.0, stores))
-    assert twin[2].weight is twin[0].weight
-
-
-def test_a_layer_used_twice() -> None:
-    shared = nn.Linear(3, 3)
-    model = pp.powerize(nn.Sequential(shared, shared), 2.0, "phi")
-    assert model[0] is model[1]
-    pp.fold(model)
-    assert type(shared) is nn.Linear
-
-
-def test_a_tied_embedding() -> None:
-    model, x = TiedModel(), torch.randint(11, (2, 4))
-    expected = model(x)
-    with pytest.raises(
-        ValueError, match=r"'head' \(Linear\) and 'tokens' \(Embedding\) share one weight"
-    ):
-        pp.powerize(model, 2.0, "phi")
-    assert powered_names(model) == {}
-    pp.powerize(model, 2.0, "phi", select=["mix"])
-    pp.fold(model)
-    model = TiedModel()
-    expected = model(x)
-    pp.powerize(model, 2.0)
-    assert model.head.weight is model.tokens.weight
-    assert torch.equal(model(x), expected)
-
-
-def test_a_plain_layer_tied_to_a_powered_one() -> None:
-    for stores, message in (("phi", "holds phi for the second already"), ("theta", None)):
-        model = nn.Sequential(pp.nn.PowerLinear(3, 3, alpha=2, stores=stores), nn.Linear(3, 3))
-        model[1].weight = model[0].weight
-        if message is None:
-            pp.powerize(model, 2.0)
-            continue
-        with pytest.raises(ValueError, match=message):
-            pp.powerize(model, 2.0, stores)
-
-
-@pytest.mark.parametrize(
-    ("model", "reader"),
-    [
-        (nn.MultiheadAttention(4, 2), r"'out_proj' .*the MultiheadAttention given reads"),
-        (nn.TransformerEncoderLayer(4, 2, 8), r"'linear1' .*the TransformerEncoderLayer given"),
-        (
-            nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8)),
-            r"cannot store phi, because '0.*reads its weight and would take phi for theta",
-        ),
-    ],
-)
-def test_readers_of_a_weight_refuse_phi(model: nn.Module, reader: str) -> None:
-    with pytest.raises(ValueError, match=reader):
-        pp.powerize(model, 2.0, "phi")
-    assert powered_names(model) == {}
-    pp.powerize(model, 2.0, "theta")
-    assert powered_names(model)
-
-
-def test_the_fast_path_of_an_encoder_layer_is_left_out_for_phi() -> None:
-    model = nn.TransformerEncoderLayer(4, 2, 8)
-    with pytest.raises(ValueError, match=r"'linear1' \(Linear\) cannot store phi, because the Tra"):
-        pp.powerize(model, 2.0, "phi", select=["linear1"])
+# ---- fold
 
 
 def test_fold_refuses() -> None:

@@ -96,6 +96,64 @@ def test_a_weight_exchanged_later() -> None:
     assert refuses(optimizer)
 
 
+@pytest.mark.parametrize("given", ["list", "group", "in place"])
+def test_parameters_exchanged_at_equal_count(given: str) -> None:
+    plain, powered = trained(nn.Linear(4, 4)), trained(pp.nn.PowerLinear(4, 4, alpha=2))
+    optimizer = sgd(plain)
+    assert not refuses(optimizer)
+    if given == "list":
+        optimizer.param_groups[0]["params"] = list(powered.parameters())
+    elif given == "group":
+        optimizer.param_groups[0] = {**optimizer.param_groups[0], "params": [*powered.parameters()]}
+    else:
+        optimizer.param_groups[0]["params"][:] = powered.parameters()
+    assert refuses(optimizer)
+
+
+def test_a_weight_exchanged_behind_the_layers_back() -> None:
+    layer = pp.nn.PowerLinear(4, 4, alpha=2, bias=False)
+    optimizer = sgd(trained(nn.Linear(4, 4, bias=False)))
+    assert not refuses(optimizer)
+    layer._parameters["weight"] = nn.Parameter(torch.ones(4, 4))
+    trained(layer)
+    optimizer.param_groups[0]["params"] = [layer.weight]
+    assert refuses(optimizer)
+
+
+def test_a_layer_that_is_gone() -> None:
+    model, alive = nn.Sequential(pp.nn.PowerLinear(4, 4, alpha=2)), pp.nn.PowerLinear(4, 4, alpha=2)
+    optimizer = sgd(trained(model))
+    assert refuses(optimizer)
+    model[0] = nn.Linear(4, 4)
+    gc.collect()
+    assert not refuses(optimizer)
+    assert alive.alpha == 2
+
+
+def test_wrappers_whose_inner_optimizer_steps() -> None:
+    layer = trained(pp.nn.PowerLinear(4, 4, alpha=2))
+
+    class Wrapper(torch.optim.SGD):
+        pass
+
+    optimizer = Wrapper(layer.parameters(), 0.1)
+    assert refuses(optimizer)
+    optimizer.optim = pp.optim.PowerSGD(layer, 0.1)
+    assert not refuses(optimizer)
+    optimizer.optim = sgd(layer)
+    assert refuses(optimizer)
+
+
+def test_replicas_are_not_enrolled() -> None:
+    layer = pp.nn.PowerLinear(4, 4, alpha=2, stores="phi")
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight.detach(), layer.bias.detach()
+    x = torch.randn(2, 4)
+    assert torch.equal(replica(x), layer(x))
+    with pytest.raises(ValueError, match="holds no powered layer"):
+        pp.set_alpha(replica, 2.0, keep="phi")
+
+
 def test_closures() -> None:
     layer = pp.nn.PowerLinear(4, 4, alpha=2)
     closure = lambda: trained(layer)(torch.ones(1, 4)).sum()  # noqa: E731

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,22 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import ppkernels as pp
-
-
-class TiedModel(nn.Module):
-    """A small language model whose output layer shares its weight with the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(17, 8)
-        self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2
-        )
-        self.head = nn.Linear(8, 17, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.encoder(self.tokens(x)))
 
 
 def resnet(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -37,22 +22,24 @@ def encoder_layer() -> tuple[nn.Module, torch.Tensor]:
     return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(3, 5, 8)
 
 
-def language_model() -> tuple[nn.Module, torch.Tensor]:
-    return TiedModel(), torch.randint(17, (3, 5))
+Make = Callable[[str], tuple[nn.Module, torch.Tensor]]
 
 
-MODELS = {
-    "resnet18": lambda: resnet("resnet18"),
-    "resnet50": lambda: resnet("resnet50"),
-    "encoder_layer": encoder_layer,
-    "language_model": language_model,
-}
+@pytest.fixture
+def make(tied_model: type[nn.Module]) -> Make:
+    models = {
+        "resnet18": lambda: resnet("resnet18"),
+        "resnet50": lambda: resnet("resnet50"),
+        "encoder_layer": encoder_layer,
+        "language_model": lambda: (tied_model(), torch.randint(17, (3, 5))),
+    }
+    return lambda name: models[name]()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_theta(name: str) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "encoder_layer", "language_model"])
+def test_theta(name: str, make: Make) -> None:
     torch.manual_seed(0)
-    model, x = MODELS[name]()
+    model, x = make(name)
     model.eval()
     with torch.no_grad():
         expected = model(x)  # the encoder's fast path, which reads its children's weights
@@ -79,9 +66,9 @@ def test_theta(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "language_model"])
-def test_phi(name: str) -> None:
+def test_phi(name: str, make: Make) -> None:
     torch.manual_seed(0)
-    model, x = MODELS[name]()
+    model, x = make(name)
     model.eval()
     expected = model(x)
     inside = ("self_attn.out_proj", "linear1", "linear2", "head")
@@ -94,9 +81,9 @@ def test_phi(name: str) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_tied_weight_is_stepped_once_with_the_power() -> None:
+def test_a_tied_weight_is_stepped_once_with_the_power(make: Make) -> None:
     torch.manual_seed(0)
-    model, x = language_model()
+    model, x = make("language_model")
     pp.powerize(model, 2.0)
     logits = model(x)
     F.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
@@ -107,15 +94,15 @@ def test_a_tied_weight_is_stepped_once_with_the_power() -> None:
     assert model.tokens.weight is model.head.weight
 
 
-def test_a_model_made_elsewhere_loads_and_trains() -> None:
+def test_a_model_made_elsewhere_loads_and_trains(make: Make, tied_model: type[nn.Module]) -> None:
     """A plain checkpoint, a powered model, a step, a powered checkpoint, a fresh powered model."""
-    plain, x = language_model()
-    model = pp.powerize(TiedModel(), 1.5)
+    plain, x = make("language_model")
+    model = pp.powerize(tied_model(), 1.5)
     model.load_state_dict(plain.state_dict())
     torch.testing.assert_close(model(x), plain(x))
     model(x).sum().backward()
     pp.optim.PowerSGD(model, 0.1).step()
-    fresh = pp.powerize(TiedModel(), 3.0)
+    fresh = pp.powerize(tied_model(), 3.0)
     fresh.load_state_dict(copy.deepcopy(model.state_dict()))
     assert torch.equal(fresh(x), model(x))
     assert fresh.head.alpha.item() == 1.5

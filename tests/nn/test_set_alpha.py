@@ -95,3 +95,12 @@ def test_a_replaced_weight_is_refused() -> None:
     prune.l1_unstructured(powered, "weight", 0.5)
     with pytest.raises(RuntimeError, match="no longer a Parameter of its own"):
         pp.set_alpha(powered, 2.0, keep="phi")
+
+
+def test_all_layers_or_none() -> None:
+    model = nn.Sequential(layer("theta"), prune.identity(layer("theta"), "weight"))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match="no longer a Parameter of its own"):
+        pp.set_alpha(model, 2.0, keep="phi")
+    assert model[0].alpha.item() == 1.5
+    assert torch.equal(model[0].weight, before)

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ppkernels as pp
@@ -220,6 +221,48 @@ def test_a_cast_checkpoint_does_not_change_alpha() -> None:
         RuntimeError, match=r'"alpha" must be float64, got torch.bfloat16 \(value 1'
     ):
         linear("theta", 2.0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("stores", STORES)
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda layer: prune.identity(layer, "weight"),
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity()),
+    ],
+)
+def test_a_replaced_weight_takes_no_checkpoint_of_the_other_kind(
+    stores: str, replace: object
+) -> None:
+    other = "phi" if stores == "theta" else "theta"
+    layer, same, different = (linear(kind) for kind in (stores, stores, other))
+    for one in (layer, same, different):
+        replace(one)
+    layer.load_state_dict(same.state_dict())
+    layer.load_state_dict({}, strict=False)
+    with pytest.raises(RuntimeError, match=rf"holds {other} and the layer stores {stores}, which"):
+        layer.load_state_dict(different.state_dict())
+    if stores == "phi":
+        plain = nn.Linear(6, 4)
+        replace(plain)
+        with pytest.raises(RuntimeError, match="holds theta and the layer stores phi, which is"):
+            layer.load_state_dict(plain.state_dict())
+
+
+def test_an_exponent_that_is_a_number() -> None:
+    layer = linear("theta")
+    layer.load_state_dict({**layer.state_dict(), "alpha": 2.5})
+    assert layer.alpha.item() == 2.5
+    with pytest.raises(RuntimeError, match=r'"alpha": alpha must be a float or .*, got str'):
+        layer.load_state_dict({**layer.state_dict(), "alpha": "2.5"})
+
+
+@pytest.mark.parametrize("stores", STORES)
+def test_shared_memory_holds_the_exponent_too(stores: str) -> None:
+    layer = nn.Sequential(linear(stores)).share_memory()[0]
+    assert layer.weight.is_shared()
+    assert all(buffer.is_shared() for buffer in layer.buffers())
 
 
 @pytest.mark.parametrize("alpha", [0.5, float("nan"), float("inf"), [1.0, 2.0]])

@@ -168,8 +168,9 @@ def test_one_and_two_are_correctly_rounded(alpha: float) -> None:
 
 
 # The gradient g·α|φ|^(α−1) is a power and two products. Where |φ|^(α−1) is a normal number the
-# kernels err by at most 1.79 ULP over ALPHAS; plain PyTorch errs by up to 60 (α = 6.3). All instruction sets give the same
-# numbers. Where |φ|^(α−1) is subnormal, kernels and plain PyTorch lose its lower bits.
+# kernels err by at most 1.79 ULP over ALPHAS; plain PyTorch errs by up to 60 (α = 6.3). All
+# instruction sets give the same numbers. Where |φ|^(α−1) is subnormal, kernels and plain PyTorch
+# lose its lower bits.
 BACKWARD_BOUND = 2.5
 
 

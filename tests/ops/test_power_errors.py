@@ -229,6 +229,8 @@ WITHOUT_GRADIENT = {
 }
 
 
+# PyTorch's own first use of forward mode scripts functions.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.parametrize("op", WITHOUT_GRADIENT)
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
 def test_a_tangent_is_not_dropped_in_silence(op: str, backend: str) -> None:

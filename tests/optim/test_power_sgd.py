@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -69,6 +72,77 @@ def test_set_alpha_holds_from_the_next_step() -> None:
     assert torch.equal(layer.weight, expected)
 
 
+@pytest.mark.parametrize("of_layer", [True, False])
+def test_parameters_exchanged_after_the_optimizer(of_layer: bool) -> None:
+    layer = pp.nn.PowerLinear(4, 4, alpha=2.0, bias=False)
+    optimizer = pp.optim.PowerSGD(layer if of_layer else nn.Linear(4, 4, bias=False), 0.1)
+    weight = nn.Parameter(torch.full((4, 4), 0.5))
+    weight.grad = torch.ones(4, 4)
+    optimizer.param_groups[0]["params"] = [weight]
+    optimizer.step()
+    # By now the optimizer knows it, as a plain tensor.
+    before = weight.detach().clone()
+    layer._parameters["weight"] = weight
+    optimizer.step()
+    assert torch.equal(weight, pp.optim.sgd_step(before, weight.grad, 2.0, 0.1))
+
+
+def test_other_threads_make_no_step_a_plain_one() -> None:
+    layer = pp.nn.PowerLinear(4, 4, alpha=3.0, bias=False)
+    others = [pp.nn.PowerLinear(2, 2, alpha=2) for _ in range(100)]
+    optimizer, start = pp.optim.PowerSGD(layer, 0.1), torch.full((4, 4), 0.5)
+    expected = pp.optim.sgd_step(start, torch.ones(4, 4), 3.0, 0.1)
+    done, errors = threading.Event(), []
+
+    def make() -> None:
+        try:
+            while not done.is_set():
+                pp.optim.PowerSGD(others[0], 0.1)
+                pp.nn.PowerLinear(2, 2, alpha=2)
+        except Exception as error:
+            errors.append(error)
+
+    thread, interval = threading.Thread(target=make), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        for _ in range(300):
+            layer.set_theta(start)
+            layer.weight.grad = torch.ones(4, 4)
+            optimizer.step()
+            assert torch.equal(layer.weight, expected)
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert errors == []
+
+
+def test_layers_tied_after_the_optimizer_need_one_alpha() -> None:
+    first, second = pp.nn.PowerLinear(4, 4, alpha=2), pp.nn.PowerLinear(4, 4, alpha=3)
+    optimizer = pp.optim.PowerSGD(with_gradients(first), 0.1)
+    second.weight = first.weight
+    for _ in range(2):
+        with pytest.raises(ValueError, match="share one weight, so they need the same alpha"):
+            optimizer.step()
+    second.load_state_dict(first.state_dict())
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_of_another_dtype(rule: str) -> None:
+    layer = pp.nn.PowerLinear(4, 4, alpha=2, bias=False)
+    grad = torch.randn(4, 4).bfloat16()
+    direction = grad.float()
+    if rule == "chain":
+        direction = pp.optim.chain_gradient(direction, layer.weight.detach(), 2.0)
+    expected = pp.optim.sgd_step(layer.weight.detach(), direction, 2.0, 0.1, rule)
+    layer.weight.grad_dtype = torch.bfloat16
+    layer.weight.grad = grad
+    pp.optim.PowerSGD(layer, 0.1, rule=rule).step()
+    assert torch.equal(layer.weight, expected)
+
+
 def test_plain_tensors_with_an_alpha_of_their_own() -> None:
     values, grad = torch.randn(3, 3), torch.randn(3, 3)
     tensors = [values.clone().requires_grad_() for _ in range(3)]
@@ -124,6 +198,41 @@ def test_state_dict_round_trip(rule: str) -> None:
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+def test_the_state_of_a_torch_sgd_may_be_loaded() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    stock = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    run(stock, model, 2)
+    pp.powerize(model, 1.5)
+    optimizer = pp.optim.PowerSGD(model, 0.5, rule="chain")
+    optimizer.load_state_dict(stock.state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["rule"]) == (0.01, 0.9, "chain")
+    buffer = stock.state[model[0].weight]["momentum_buffer"]
+    assert torch.equal(optimizer.state[model[0].weight]["momentum_buffer"], buffer)
+    run(optimizer, model, 2)
+    decaying = torch.optim.SGD(model.parameters(), 0.01, weight_decay=0.1).state_dict()
+    with pytest.raises(TypeError, match=r"PowerSGD has no weight_decay, got 0\.1"):
+        optimizer.load_state_dict(decaying)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_whole_compiled_step(rule: str) -> None:
+    model = pp.powerize(nn.Sequential(nn.Linear(4, 4)), 2.0)
+    twin = copy.deepcopy(model)
+
+    def stepping(model: nn.Module) -> Callable[[], None]:
+        optimizer = pp.optim.PowerSGD(model, 0.01, momentum=0.9, rule=rule)
+        return lambda: run(optimizer, model, 1)
+
+    compiled, eager = torch.compile(stepping(model), backend="eager"), stepping(twin)
+    for _ in range(3):
+        compiled()
+        eager()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    optimizer = pp.optim.PowerSGD(model, 0.01)
+    torch.compile(optimizer.step, backend="eager")()
+
+
 def test_deepcopy_of_model_and_optimizer() -> None:
     model = pp.powerize(nn.Sequential(nn.Linear(4, 4)), 1.5)
     optimizer = pp.optim.PowerSGD(model, 0.01, momentum=0.9)
@@ -173,8 +282,13 @@ def test_the_reference_takes_the_same_step() -> None:
     ("options", "message"),
     [
         ({"lr": -0.1}, "lr must be a number >= 0, got -0.1"),
-        ({"lr": float("nan")}, "lr must be a number >= 0, got nan"),
+        ({"lr": float("nan")}, "lr must be a finite number, got nan"),
+        ({"lr": torch.tensor(torch.inf)}, "lr must be a finite number, got inf"),
         ({"momentum": -1}, "momentum must be a number >= 0, got -1"),
+        (
+            {"momentum": 0.9, "dampening": float("nan")},
+            "dampening must be a finite number, got nan",
+        ),
         ({"nesterov": True}, "nesterov needs momentum > 0 and dampening = 0, got 0 and 0"),
         ({"rule": "target"}, "rule must be 'virtual' or 'chain', got 'target'"),
     ],
@@ -187,6 +301,23 @@ def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [layer.bias], **options})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "0.1"}, "lr must be a number, got '0.1'"),
+        ({"lr": torch.ones(2)}, r"lr must be a number, got tensor\(\[1., 1.\]\)"),
+        ({"momentum": None}, "momentum must be a number, got None"),
+        ({"weight_decay": 1e-4}, "weight_decay"),
+    ],
+)
+def test_options_of_the_wrong_kind(options: dict, message: str) -> None:
+    layer = pp.nn.PowerLinear(2, 2, alpha=2)
+    with pytest.raises(TypeError, match=message):
+        pp.optim.PowerSGD(layer, **{"lr": 0.1, **options})
+    with pytest.raises(TypeError, match=message):
+        pp.optim.PowerSGD([{"params": layer.parameters(), **options}], 0.1)
 
 
 def test_bad_groups() -> None:

@@ -203,3 +203,26 @@ def test_the_formula_at_alpha_1_is_the_plain_step(rule: str) -> None:
     direction = grad if rule == "virtual" else pp.optim.chain_gradient(grad, theta, tensor_of(1.0))
     moved = pp.optim.sgd_step(theta, direction, tensor_of(1.0), 0.1, rule)
     assert torch.equal(moved, theta.add(grad, alpha=-0.1))
+
+
+def test_what_one_step_refuses() -> None:
+    theta = torch.full((2,), 0.5)
+    step = pp.optim.sgd_step
+    with pytest.raises(
+        ValueError, match="sgd_step: rule must be 'virtual' or 'chain', got 'virtul'"
+    ):
+        step(theta, theta, 2.0, 0.1, "virtul")
+    with pytest.raises(ValueError, match="sgd_step: direction must have the shape of theta"):
+        step(theta, theta[:1], 2.0, 0.1)
+    with pytest.raises(TypeError, match="sgd_step: direction must have the dtype of theta"):
+        step(theta, theta.double(), 2.0, 0.1)
+    with pytest.raises(ValueError, match="sgd_step: lr must be a finite number, got nan"):
+        step(theta, theta, 2.0, float("nan"))
+    for alpha, kind in ((0.5, ValueError), (torch.tensor(2.0), TypeError), ("2", TypeError)):
+        with pytest.raises(kind, match="sgd_step: alpha"):
+            step(theta, theta, alpha, 0.1)
+        with pytest.raises(kind, match="chain_gradient: alpha"):
+            pp.optim.chain_gradient(theta, theta, alpha)
+    with pytest.raises(ValueError, match="chain_gradient: grad_theta must have the shape of theta"):
+        pp.optim.chain_gradient(theta[:1], theta, 2.0)
+    assert torch.equal(step(theta, theta, 2.0, 0.1), step(theta, theta, tensor_of(2.0), 0.1))

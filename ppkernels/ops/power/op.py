@@ -296,10 +296,13 @@ _POWER_BACKWARD_NOW = getattr(_POWER_BACKWARD, "_op", _POWER_BACKWARD)
 # there; without fullgraph=True it then leaves that part to eager mode, which is right.
 
 
-@torch.compiler.assume_constant_result
 def _is_transformed_by_gradients() -> bool:
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key().name in ("Grad", "Jvp") for level in stack)
+
+
+# torch.compiler.assume_constant_result by hand: the decorator would import the compiler now.
+_is_transformed_by_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_untraceable_gradients() -> None:

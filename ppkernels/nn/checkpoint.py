@@ -1,0 +1,53 @@
+"""What a powered layer reads in a checkpoint, and what it refuses there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppkernels._checks import check_alpha
+
+
+def saved_alpha(saved: Any, own: Tensor, prefix: str, error_msgs: list[str]) -> float:
+    """The exponent of a checkpoint; the layer's ``own`` for a plain layer's checkpoint.
+
+    ``saved`` is what the checkpoint has under ``alpha``: a float64 tensor, a number, or None. What
+    is wrong with it is added to ``error_msgs``, and the layer's own holds.
+    """
+    if saved is None:
+        return float(own)
+    value: Any = saved
+    if isinstance(saved, Tensor):
+        value = saved.item() if saved.numel() == 1 else saved.tolist()
+        if saved.dtype != torch.float64:
+            # A checkpoint cast as a whole, say to bfloat16: the rounded exponent is another one.
+            if value == own.to(saved.dtype).item():
+                return float(own)
+            error_msgs.append(
+                f'"{prefix}alpha" must be float64, got {saved.dtype} (value {value}); a rounded '
+                "exponent is another exponent, so save it in float64, or leave the key out and "
+                "give the layer its alpha"
+            )
+            return float(own)
+    try:
+        return check_alpha(f'"{prefix}alpha"', value)
+    except (TypeError, ValueError) as error:
+        error_msgs.append(str(error))
+        return float(own)
+
+
+def refuse_to_convert(
+    state_dict: dict[str, Any], prefix: str, saved_phi: bool, error_msgs: list[str]
+) -> None:
+    """Add an error if the checkpoint has what a replaced weight comes from, of the other kind."""
+    replaced = tuple(prefix + name for name in ("weight_", "parametrizations.weight."))
+    if not any(key.startswith(replaced) for key in state_dict):
+        return
+    saved, stored = ("phi", "theta") if saved_phi else ("theta", "phi")
+    error_msgs.append(
+        f'"{prefix}weight": the checkpoint holds {saved} and the layer stores {stored}, which is '
+        "converted only where the weight is a Parameter of its own; here torch.nn.utils.prune, "
+        "parametrize or weight_norm has replaced it: undo that, load, and do it again"
+    )
