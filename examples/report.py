@@ -68,7 +68,10 @@ def show(runs: Sequence[Run], console: Console) -> None:
 def _percent(shares: Iterable[float]) -> str:
     values = [100 * share for share in shares]
     mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):.2f}"
+    if len(values) == 1:
+        return mean
+    # Four characters: a deviation of 10 and more has one decimal, and the table keeps its width.
+    return f"{mean}±{statistics.stdev(values):.2f}"[: len(mean) + 5]
 
 
 def save(
