@@ -168,30 +168,21 @@ bool should_stream(const Tensor& out, std::initializer_list<const Tensor*> input
   return out.numel() * int64_t(out.element_size()) >= kStreamBytes;
 }
 
-// A dense tensor's memory by element. Asked of the tensor once, before the threads start.
-class Memory {
- public:
-  explicit Memory(const Tensor& t)
-      : start_(static_cast<const char*>(t.const_data_ptr())),
-        element_bytes_(int64_t(t.element_size())) {}
-  const char* at(int64_t i) const { return start_ + i * element_bytes_; }
-
- private:
-  const char* start_;
-  int64_t element_bytes_;
+// A dense tensor's memory by element; the tensor is asked for it once, before the threads start.
+template <class Byte>
+struct Memory {
+  Byte* start;
+  int64_t element_bytes;
+  Byte* at(int64_t i) const { return start + i * element_bytes; }
 };
 
-class MutableMemory {
- public:
-  explicit MutableMemory(const Tensor& t)
-      : start_(static_cast<char*>(t.mutable_data_ptr())),
-        element_bytes_(int64_t(t.element_size())) {}
-  char* at(int64_t i) const { return start_ + i * element_bytes_; }
+Memory<const char> memory(const Tensor& t) {
+  return {static_cast<const char*>(t.const_data_ptr()), int64_t(t.element_size())};
+}
 
- private:
-  char* start_;
-  int64_t element_bytes_;
-};
+Memory<char> mutable_memory(const Tensor& t) {
+  return {static_cast<char*>(t.mutable_data_ptr()), int64_t(t.element_size())};
+}
 
 template <class Body>
 void for_each_part(int64_t n, const Body& body) {
@@ -208,8 +199,8 @@ void for_each_part(int64_t n, const Body& body) {
 void signed_power_into(const Tensor& out, const Tensor& x, Type type, double exponent) {
   const auto kernel = ppkernels::power_kernels(isa()).signed_power;
   const bool stream = should_stream(out, {&x});
-  const MutableMemory to(out);
-  const Memory from(x);
+  const auto to = mutable_memory(out);
+  const auto from = memory(x);
   for_each_part(x.numel(), [&](int64_t begin, int64_t end) {
     kernel(type, exponent, from.at(begin), to.at(begin), end - begin, stream);
   });
@@ -255,8 +246,8 @@ void power_backward_into(const Tensor& out, const Tensor& grad_theta, const Tens
                          Type type, double alpha) {
   const auto kernel = ppkernels::power_kernels(isa()).power_backward;
   const bool stream = should_stream(out, {&grad_theta, &weight});
-  const MutableMemory to(out);
-  const Memory g(grad_theta), w(weight);
+  const auto to = mutable_memory(out);
+  const auto g = memory(grad_theta), w = memory(weight);
   for_each_part(weight.numel(), [&](int64_t begin, int64_t end) {
     kernel(type, alpha, g.at(begin), w.at(begin), to.at(begin), end - begin, stream);
   });
@@ -297,8 +288,8 @@ Tensor power_double_backward(const Tensor& grad_grad_weight, const Tensor& grad_
   const Tensor h = arranged_like(grad_grad_weight, out), g = arranged_like(grad_theta, out),
                w = arranged_like(weight, out);
   const auto kernel = ppkernels::power_kernels(isa()).power_double_backward;
-  const MutableMemory to(out);
-  const Memory from_h(h), from_g(g), from_w(w);
+  const auto to = mutable_memory(out);
+  const auto from_h = memory(h), from_g = memory(g), from_w = memory(w);
   for_each_part(w.numel(), [&](int64_t begin, int64_t end) {
     kernel(type, alpha, from_h.at(begin), from_g.at(begin), from_w.at(begin), to.at(begin),
            end - begin);

@@ -171,23 +171,23 @@ bool in_range(double exponent) {
 
 // ---- entry points
 
-template <class Point, class T>
-void run(const Point& point, const T* x, T* out, int64_t n, bool stream) {
-  stream ? map_streaming(point, out, n, x) : map(point, out, n, x);
+template <class Point, class T, class... In>
+void run(const Point& point, T* out, int64_t n, bool stream, const In*... in) {
+  stream ? map_streaming(point, out, n, in...) : map(point, out, n, in...);
 }
 
 template <class T>
 void signed_power_as(double exponent, const void* x_, void* out_, int64_t n, bool stream) {
   const T* x = (const T*)x_;
   T* out = (T*)out_;
-  if (exponent == 1) return run(Identity{}, x, out, n, stream);
-  if (exponent == 0.5) return run(SignedRoot{}, x, out, n, stream);
-  if (exponent == 1.5) return run(ThreeHalves{}, x, out, n, stream);
-  if (exponent == 2) return run(SignedSquare{}, x, out, n, stream);
-  if (exponent == 3) return run(Cube{}, x, out, n, stream);
-  if (exponent == 4) return run(SignedFourth{}, x, out, n, stream);
-  if (in_range(exponent)) return run(SignedPower(exponent), x, out, n, stream);
-  run(WidePower{exponent}, x, out, n, false);
+  if (exponent == 1) return run(Identity{}, out, n, stream, x);
+  if (exponent == 0.5) return run(SignedRoot{}, out, n, stream, x);
+  if (exponent == 1.5) return run(ThreeHalves{}, out, n, stream, x);
+  if (exponent == 2) return run(SignedSquare{}, out, n, stream, x);
+  if (exponent == 3) return run(Cube{}, out, n, stream, x);
+  if (exponent == 4) return run(SignedFourth{}, out, n, stream, x);
+  if (in_range(exponent)) return run(SignedPower(exponent), out, n, stream, x);
+  run(WidePower{exponent}, out, n, false, x);
 }
 
 void signed_power_entry(Type type, double exponent, const void* x, void* out, int64_t n,
@@ -205,22 +205,17 @@ void signed_power_entry(Type type, double exponent, const void* x, void* out, in
   }
 }
 
-template <class Point, class T>
-void run(const Point& point, const T* grad, const T* weight, T* out, int64_t n, bool stream) {
-  stream ? map_streaming(point, out, n, grad, weight) : map(point, out, n, grad, weight);
-}
-
 template <class T>
 void power_backward_as(double alpha, const void* grad_, const void* weight_, void* out_, int64_t n,
                        bool stream) {
   const T *grad = (const T*)grad_, *weight = (const T*)weight_;
   T* out = (T*)out_;
-  if (alpha == 1) return run(BackwardIdentity{}, grad, weight, out, n, stream);
-  if (alpha == 1.5) return run(BackwardThreeHalves{}, grad, weight, out, n, stream);
-  if (alpha == 2) return run(BackwardSquare{}, grad, weight, out, n, stream);
-  if (alpha == 3) return run(BackwardCube{}, grad, weight, out, n, stream);
-  if (in_range(alpha - 1)) return run(BackwardPower(alpha), grad, weight, out, n, stream);
-  run(WideBackward{alpha}, grad, weight, out, n, false);
+  if (alpha == 1) return run(BackwardIdentity{}, out, n, stream, grad, weight);
+  if (alpha == 1.5) return run(BackwardThreeHalves{}, out, n, stream, grad, weight);
+  if (alpha == 2) return run(BackwardSquare{}, out, n, stream, grad, weight);
+  if (alpha == 3) return run(BackwardCube{}, out, n, stream, grad, weight);
+  if (in_range(alpha - 1)) return run(BackwardPower(alpha), out, n, stream, grad, weight);
+  run(WideBackward{alpha}, out, n, false, grad, weight);
 }
 
 void power_backward_entry(Type type, double alpha, const void* grad, const void* weight, void* out,
