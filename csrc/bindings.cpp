@@ -100,6 +100,8 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
 // Whether the elements fill one block of memory, in any order of dimensions.
 bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
+  // Dimensions already found are bits of `covered`; more of them than bits, and a copy will do.
+  if (t.dim() > 63) return false;
   int64_t expected = 1, covered = 0;
   for (int64_t found = 0; found < t.dim(); ++found) {
     int64_t next = -1;
