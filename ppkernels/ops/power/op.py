@@ -1,7 +1,7 @@
 """The powered weight as PyTorch ops: public functions, schemas, kernels, autograd.
 Longer than 350 lines: seven ops of one formula, a third of it their docstrings.
 
-The CPU kernels register themselves from csrc/bindings.cpp when ppkernels._C is loaded.
+The CPU kernels register themselves from csrc/bindings/power.cpp when ppkernels._C is loaded.
 """
 
 from __future__ import annotations
