@@ -185,7 +185,9 @@ def test_includes(path: Path) -> None:
 def test_torch_is_seen_by_bindings_alone() -> None:
     sources = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp")]
     seeing = [
-        path.parent.name for path in sources if "torch" in map(kind, INCLUDE.findall(path.read_text()))
+        path.parent.name
+        for path in sources
+        if "torch" in map(kind, INCLUDE.findall(path.read_text()))
     ]
     assert set(seeing) == {"bindings"}
 
