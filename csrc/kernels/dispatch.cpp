@@ -1,21 +1,25 @@
 // Picks the kernels of an instruction set.
+#include "kernels/bitmask.h"
 #include "kernels/isa.h"
 #include "kernels/power.h"
 
 namespace ppkernels {
 
 namespace baseline {
+extern const BitmaskKernels kBitmask;
 extern const PowerKernels kPower;
-}
+}  // namespace baseline
 #if defined(PPKERNELS_HAVE_AVX2)
 namespace avx2 {
+extern const BitmaskKernels kBitmask;
 extern const PowerKernels kPower;
-}
+}  // namespace avx2
 #endif
 #if defined(PPKERNELS_HAVE_AVX512)
 namespace avx512 {
+extern const BitmaskKernels kBitmask;
 extern const PowerKernels kPower;
-}
+}  // namespace avx512
 #endif
 
 bool is_available(Isa isa) {
@@ -46,6 +50,16 @@ Isa best_isa() {
   if (is_available(Isa::kAvx512)) return Isa::kAvx512;
   if (is_available(Isa::kAvx2)) return Isa::kAvx2;
   return Isa::kBaseline;
+}
+
+const BitmaskKernels& bitmask_kernels(Isa isa) {
+#if defined(PPKERNELS_HAVE_AVX512)
+  if (isa == Isa::kAvx512) return avx512::kBitmask;
+#endif
+#if defined(PPKERNELS_HAVE_AVX2)
+  if (isa == Isa::kAvx2) return avx2::kBitmask;
+#endif
+  return baseline::kBitmask;
 }
 
 const PowerKernels& power_kernels(Isa isa) {

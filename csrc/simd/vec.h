@@ -30,6 +30,8 @@ typedef float f32v __attribute__((vector_size(kLanes * 4)));
 typedef int32_t i32v __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
+// As wide as the others, so of half as many lanes.
+typedef uint64_t u64v __attribute__((vector_size(kLanes * 4)));
 
 inline f32v splat(float x) { return f32v{} + x; }
 inline u32v bits(f32v x) { return (u32v)x; }
@@ -254,6 +256,49 @@ inline void store(f16* p, f32v x) {
   h = b >= (143u << 23) ? u32v{} + 0x7c00u : h;
   h = b > 0x7f800000u ? u32v{} + 0x7e00u : h;
   store_bits<kStream>(p, __builtin_convertvector(h | (sign >> 16), u16v));
+#endif
+}
+
+// ---- masks of one bit an entry: entry i is bit i % 8 of byte i / 8
+
+// Lanes of all ones where the bits i ... i + kLanes − 1 are set, and of 0 elsewhere. i must be a
+// multiple of kLanes; of `words` only the bytes that hold these bits are read.
+inline i32v lane_mask(const uint8_t* words, int64_t i) {
+#if defined(__AVX512F__)
+  uint16_t word;
+  __builtin_memcpy(&word, words + (i >> 3), sizeof(word));
+  return (i32v)_mm512_movm_epi32(word);
+#elif defined(__AVX2__)
+  const i32v bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  return ((i32v{} + words[i >> 3]) & bit) == bit;
+#else
+  const i32v bit = {1, 2, 4, 8};
+  return ((i32v{} + (words[i >> 3] >> (i & 4))) & bit) == bit;
+#endif
+}
+
+// The same for lanes of 64 bits; i must be a multiple of kLanes / 2.
+inline u64v wide_lane_mask(const uint8_t* words, int64_t i) {
+  const uint64_t word = words[i >> 3] >> (i & 7);
+#if defined(__AVX512F__)
+  return (u64v)_mm512_movm_epi64((__mmask8)word);
+#elif defined(__AVX2__)
+  const u64v bit = {1, 2, 4, 8};
+  return (u64v)(((u64v{} + word) & bit) == bit);
+#else
+  return u64v{0 - (word & 1), 0 - ((word >> 1) & 1)};
+#endif
+}
+
+// A bit for each of 16 bytes, set where the byte is not 0.
+inline uint32_t nonzero_bits(const uint8_t* p) {
+#if defined(__SSE2__)
+  const __m128i is_zero = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i*)p), _mm_setzero_si128());
+  return (uint32_t)_mm_movemask_epi8(is_zero) ^ 0xffffu;
+#else
+  uint32_t word = 0;
+  for (int i = 0; i < 16; ++i) word |= (uint32_t)(p[i] != 0) << i;
+  return word;
 #endif
 }
 
