@@ -6,24 +6,33 @@ from ppkernels._backend import backend
 from ppkernels._extension import cpu_capability
 from ppkernels.nn import fold, powerize, set_alpha
 from ppkernels.ops import (
+    BitMask,
+    apply_mask,
+    count_bits,
     inverse_power,
+    pack_bits,
     power,
     power_backward,
     power_double_backward,
     rebase,
+    unpack_bits,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitMask",
+    "apply_mask",
     "autograd",
     "backend",
+    "count_bits",
     "cpu_capability",
     "fold",
     "inverse_power",
     "nn",
     "ops",
     "optim",
+    "pack_bits",
     "power",
     "power_backward",
     "power_double_backward",
@@ -31,4 +40,5 @@ __all__ = [
     "rebase",
     "reference",
     "set_alpha",
+    "unpack_bits",
 ]

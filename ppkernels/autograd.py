@@ -1,5 +1,6 @@
 """`pp.autograd`: the public autograd Functions."""
 
+from ppkernels.ops.bitmask import ApplyMask
 from ppkernels.ops.power import Power
 
-__all__ = ["Power"]
+__all__ = ["ApplyMask", "Power"]

@@ -1,5 +1,6 @@
 """`pp.reference`: every op in pure PyTorch, under one name. They are the specification."""
 
+from ppkernels.ops.bitmask.reference import apply_mask, count_bits, pack_bits, unpack_bits
 from ppkernels.ops.power.reference import (
     inverse_power,
     power,
@@ -8,4 +9,14 @@ from ppkernels.ops.power.reference import (
     rebase,
 )
 
-__all__ = ["inverse_power", "power", "power_backward", "power_double_backward", "rebase"]
+__all__ = [
+    "apply_mask",
+    "count_bits",
+    "inverse_power",
+    "pack_bits",
+    "power",
+    "power_backward",
+    "power_double_backward",
+    "rebase",
+    "unpack_bits",
+]

@@ -35,6 +35,7 @@ IMPORTS = [
     ("ops/*/reference.py", ["torch.*"]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*"]),
     ("ops/*/op.py", ["torch.*", "{room}.*", "ppkernels._checks", "ppkernels._backend"]),
+    ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
     ("nn/*.py", [*USES_OPS, "ppkernels.autograd"]),
     ("optim/*.py", [*USES_OPS]),
 ]

@@ -18,6 +18,8 @@ import ppkernels as pp
 from ppkernels.testing import DTYPES, SAMPLES, Sample, check_sample, check_values, value_table
 
 OPS = tuple(SAMPLES)
+# Ops on bits, which have neither exponents nor rounding: tests/ops/test_bitmask.py.
+ON_BITS = {"apply_mask", "count_bits", "pack_bits", "unpack_bits"}
 WITH_OUT = tuple(op for op in OPS if SAMPLES[op].has_out)
 DIFFERENTIABLE = tuple(op for op in OPS if SAMPLES[op].gradients)
 # An op whose gradient has a gradient.
@@ -440,4 +442,5 @@ def test_forward_mode_is_an_error(op: str) -> None:
 
 def test_every_public_op_has_a_row() -> None:
     public = {name for name, member in vars(pp.ops).items() if inspect.isfunction(member)}
-    assert public <= set(SAMPLES), f"no samples for {sorted(public - set(SAMPLES))}"
+    missing = public - ON_BITS - set(SAMPLES)
+    assert not missing, f"no samples for {sorted(missing)}"
