@@ -7,6 +7,7 @@ from ppkernels._extension import cpu_capability
 from ppkernels.nn import fold, powerize, set_alpha
 from ppkernels.ops import (
     BitMask,
+    adam_step_,
     apply_mask,
     count_bits,
     inverse_power,
@@ -15,6 +16,7 @@ from ppkernels.ops import (
     power_backward,
     power_double_backward,
     rebase,
+    sgd_step_,
     unpack_bits,
 )
 
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BitMask",
+    "adam_step_",
     "apply_mask",
     "autograd",
     "backend",
@@ -40,5 +43,6 @@ __all__ = [
     "rebase",
     "reference",
     "set_alpha",
+    "sgd_step_",
     "unpack_bits",
 ]

@@ -2,23 +2,27 @@
 #include "kernels/bitmask.h"
 #include "kernels/isa.h"
 #include "kernels/power.h"
+#include "kernels/step.h"
 
 namespace ppkernels {
 
+// What every instruction set's objects define.
+#define PPKERNELS_DECLARE               \
+  extern const BitmaskKernels kBitmask; \
+  extern const PowerKernels kPower;     \
+  extern const StepKernels kStep;
+
 namespace baseline {
-extern const BitmaskKernels kBitmask;
-extern const PowerKernels kPower;
+PPKERNELS_DECLARE
 }  // namespace baseline
 #if defined(PPKERNELS_HAVE_AVX2)
 namespace avx2 {
-extern const BitmaskKernels kBitmask;
-extern const PowerKernels kPower;
+PPKERNELS_DECLARE
 }  // namespace avx2
 #endif
 #if defined(PPKERNELS_HAVE_AVX512)
 namespace avx512 {
-extern const BitmaskKernels kBitmask;
-extern const PowerKernels kPower;
+PPKERNELS_DECLARE
 }  // namespace avx512
 #endif
 
@@ -52,24 +56,26 @@ Isa best_isa() {
   return Isa::kBaseline;
 }
 
-const BitmaskKernels& bitmask_kernels(Isa isa) {
-#if defined(PPKERNELS_HAVE_AVX512)
-  if (isa == Isa::kAvx512) return avx512::kBitmask;
-#endif
 #if defined(PPKERNELS_HAVE_AVX2)
-  if (isa == Isa::kAvx2) return avx2::kBitmask;
+#define PPKERNELS_IF_AVX2(kernels) \
+  if (isa == Isa::kAvx2) return avx2::kernels;
+#else
+#define PPKERNELS_IF_AVX2(kernels)
 #endif
-  return baseline::kBitmask;
-}
+#if defined(PPKERNELS_HAVE_AVX512)
+#define PPKERNELS_IF_AVX512(kernels) \
+  if (isa == Isa::kAvx512) return avx512::kernels;
+#else
+#define PPKERNELS_IF_AVX512(kernels)
+#endif
+// The body of a function that gives the kernels of `isa`.
+#define PPKERNELS_PICK(kernels) \
+  PPKERNELS_IF_AVX512(kernels)  \
+  PPKERNELS_IF_AVX2(kernels)    \
+  return baseline::kernels;
 
-const PowerKernels& power_kernels(Isa isa) {
-#if defined(PPKERNELS_HAVE_AVX512)
-  if (isa == Isa::kAvx512) return avx512::kPower;
-#endif
-#if defined(PPKERNELS_HAVE_AVX2)
-  if (isa == Isa::kAvx2) return avx2::kPower;
-#endif
-  return baseline::kPower;
-}
+const BitmaskKernels& bitmask_kernels(Isa isa) { PPKERNELS_PICK(kBitmask) }
+const PowerKernels& power_kernels(Isa isa) { PPKERNELS_PICK(kPower) }
+const StepKernels& step_kernels(Isa isa) { PPKERNELS_PICK(kStep) }
 
 }  // namespace ppkernels

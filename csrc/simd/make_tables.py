@@ -106,10 +106,17 @@ def main() -> None:
     print(array("kInverse", "float", [literal(x) for x in inverse]))
     print(array("kLogHi", "float", [literal(x) for x in log_hi]))
     print(array("kLogLo", "float", [literal(x) for x in log_lo]))
+    print("// Their sum, rounded once.")
+    sums = [single(a + b) for a, b in zip(log_hi, log_lo, strict=True)]
+    print(array("kLog", "float", [literal(x) for x in sums]))
     print()
     error = float(log(largest_error(log2_1p, reach, log_poly), 2))
     print(f"// log2(1 + r) ~ r·(c0 + c1·r + ...), |r| <= {float(reach):.4f}: error 2^{error:.1f}.")
     print(array("kLogPoly", "float", [literal(x) for x in log_poly]))
+    short_log_poly = fit(log2_1p, reach, 3)
+    error = float(log(largest_error(log2_1p, reach, short_log_poly), 2))
+    print(f"// The same, shorter: error 2^{error:.1f}.")
+    print(array("kShortLogPoly", "float", [literal(x) for x in short_log_poly]))
     print()
     print("// 2^(i/16).")
     exp_table = [float(mpf(2) ** (mpf(i) / INTERVALS)).hex() for i in range(INTERVALS)]
@@ -118,6 +125,10 @@ def main() -> None:
     error = float(log(largest_error(exp2_m1, exp_reach, exp_poly), 2))
     print(f"// 2^g - 1 ~ g·(d0 + d1·g + ...), |g| <= {float(exp_reach):.4f}: error 2^{error:.1f}.")
     print(array("kExpPoly", "float", [literal(x) for x in exp_poly]))
+    short_exp_poly = fit(exp2_m1, exp_reach, 2)
+    error = float(log(largest_error(exp2_m1, exp_reach, short_exp_poly), 2))
+    print(f"// The same, shorter: error 2^{error:.1f}.")
+    print(array("kShortExpPoly", "float", [literal(x) for x in short_exp_poly]))
     print()
     print("}  // namespace ppkernels")
 

@@ -1,6 +1,7 @@
 // Powers of a point.
 #pragma once
 
+#include "simd/pack.h"
 #include "simd/vec.h"
 
 namespace ppkernels::PPKERNELS_ISA {
@@ -75,6 +76,80 @@ class Power {
 
   Table inverse_, log_hi_, log_lo_, exp_hi_, exp_lo_;
   f32v exponent_hi_, exponent_lo_;
+};
+
+// factor · x^exponent for what is applied to something small: the logarithm is one float, the
+// polynomials are short. |exponent| <= 256, finite x > 0, subnormals included; factor a normal
+// number, of either sign; where the exact value is normal:
+//   relative error at most 2^-20.5 + |exponent · log2 x| · 2^-24
+class ShortPower {
+ public:
+  explicit ShortPower(double exponent, double factor = 1)
+      : ShortPower((float)exponent, Scaled(factor)) {}
+
+  template <class V>
+  PPKERNELS_INLINE V operator()(const V& x) const {
+    const auto s = split_as(x);
+    const auto interval = bits(s.mantissa) >> 19;
+    const V r = fma(s.mantissa, at(inverse_, interval), splat(-1.0f));
+    V p = fma(splat(kShortLogPoly[2]), r, splat(kShortLogPoly[1]));
+    p = fma(p, r, splat(kShortLogPoly[0]));
+    const V log2 = s.exponent + fma(p, r, at(log_, interval));
+
+    const f32v magic = splat(0x1.8p19f);
+    const V shifted = fma(exponent_, log2, magic);
+    const V k = shifted - magic;
+    const V g = fma(exponent_, log2, splat(0.0f) - k);
+    const V q = fma(splat(kShortExpPoly[1]), g, splat(kShortExpPoly[0])) * g;
+    const auto sixteenth = bits(shifted);
+    const V t = at(exp_, sixteenth);
+    return scaled(fma(t, q, t), k, sixteenth);
+  }
+
+ private:
+  // factor · 2^(i/16).
+  struct Scaled {
+    explicit Scaled(double factor) {
+      for (int i = 0; i < 16; ++i) values[i] = (float)(factor * kExp[i]);
+    }
+    float values[16];
+  };
+
+  ShortPower(float exponent, const Scaled& scaled)
+      : inverse_(kInverse), log_(kLog), exp_(scaled.values), exponent_(splat(exponent)) {}
+
+  struct PackSplit {
+    Pack<f32v> exponent, mantissa;
+  };
+  PPKERNELS_INLINE static Split split_as(f32v x) { return split(x); }
+  PPKERNELS_INLINE static PackSplit split_as(const Pack<f32v>& x) {
+    PackSplit s;
+    for (int i = 0; i < kPack; ++i) {
+      const Split one = split(x.v[i]);
+      s.exponent.v[i] = one.exponent;
+      s.mantissa.v[i] = one.mantissa;
+    }
+    return s;
+  }
+
+  PPKERNELS_INLINE static f32v at(const Table& table, u32v index) { return table[index]; }
+  PPKERNELS_INLINE static Pack<f32v> at(const Table& table, const Pack<u32v>& index) {
+    Pack<f32v> x;
+    for (int i = 0; i < kPack; ++i) x.v[i] = table[index.v[i]];
+    return x;
+  }
+
+  // x · 2^floor(k); `sixteenth` is k in sixteenths above the bits of 1.5·2^19.
+  PPKERNELS_INLINE static f32v scaled(f32v x, f32v k, u32v sixteenth) {
+    return scale(x, k, (i32v)(sixteenth - 0x49400000u) >> 4);
+  }
+  PPKERNELS_INLINE static Pack<f32v> scaled(const Pack<f32v>& x, const Pack<f32v>& k,
+                                            const Pack<u32v>& sixteenth) {
+    return each([](f32v a, f32v b, u32v c) { return scaled(a, b, c); }, x, k, sixteenth);
+  }
+
+  Table inverse_, log_, exp_;
+  f32v exponent_;
 };
 
 }  // namespace ppkernels::PPKERNELS_ISA

@@ -24,11 +24,22 @@ alignas(64) constexpr float kLogLo[16] = {
     0x1.a053f60000000p-16f, 0x1.0597ac0000000p-20f, 0x1.fcac360000000p-17f, 0x1.3174340000000p-16f,
     0x1.1df7580000000p-18f, 0x1.ca17040000000p-17f, 0x1.9d687e0000000p-17f, 0x1.02f8ae0000000p-16f,
 };
+// Their sum, rounded once.
+alignas(64) constexpr float kLog[16] = {
+    0x1.6bad200000000p-5f, 0x1.08c5880000000p-3f, 0x1.acf5de0000000p-3f, 0x1.24407a0000000p-2f,
+    0x1.6e22200000000p-2f, 0x1.b47ec00000000p-2f, 0x1.f7a8540000000p-2f, 0x1.1bf3140000000p-1f,
+    0x1.3abb400000000p-1f, 0x1.5848200000000p-1f, 0x1.74b1fc0000000p-1f, 0x1.900e620000000p-1f,
+    0x1.aa708e0000000p-1f, 0x1.c3e9ca0000000p-1f, 0x1.dc899e0000000p-1f, 0x1.f45e060000000p-1f,
+};
 
 // log2(1 + r) ~ r·(c0 + c1·r + ...), |r| <= 0.0303: error 2^-32.8.
 alignas(64) constexpr float kLogPoly[5] = {
     0x1.7154760000000p+0f, -0x1.7154740000000p-1f, 0x1.ec82300000000p-2f, -0x1.719f2e0000000p-2f,
     0x1.e4947a0000000p-3f,
+};
+// The same, shorter: error 2^-24.2.
+alignas(64) constexpr float kShortLogPoly[3] = {
+    0x1.7154760000000p+0f, -0x1.7178a80000000p-1f, 0x1.ecb4060000000p-2f,
 };
 
 // 2^(i/16).
@@ -44,6 +55,10 @@ alignas(64) constexpr double kExp[16] = {
 // 2^g - 1 ~ g·(d0 + d1·g + ...), |g| <= 0.0313: error 2^-29.2.
 alignas(64) constexpr float kExpPoly[3] = {
     0x1.62e4300000000p-1f, 0x1.ebfffc0000000p-3f, 0x1.c6ae0c0000000p-5f,
+};
+// The same, shorter: error 2^-21.2.
+alignas(64) constexpr float kShortExpPoly[2] = {
+    0x1.62e9860000000p-1f, 0x1.ebfffc0000000p-3f,
 };
 
 }  // namespace ppkernels

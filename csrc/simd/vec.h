@@ -16,6 +16,9 @@
 
 #include "simd/tables.h"
 
+// For what is part of a loop's body: a call there costs more than the arithmetic.
+#define PPKERNELS_INLINE __attribute__((always_inline)) inline
+
 namespace ppkernels::PPKERNELS_ISA {
 
 #if defined(__AVX512F__)
@@ -68,6 +71,19 @@ inline f32v fma(f32v a, f32v b, f32v c) {
   f32v r;
   for (int i = 0; i < kLanes; ++i) r[i] = (float)((double)a[i] * b[i] + c[i]);
   return r;
+#endif
+}
+
+// Whether a comparison holds in some lane.
+inline bool any(i32v lanes) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)lanes) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= lanes[i];
+  return found != 0;
 #endif
 }
 

@@ -8,9 +8,11 @@ from ppkernels.ops.power import (
     power_double_backward,
     rebase,
 )
+from ppkernels.ops.step import adam_step_, sgd_step_
 
 __all__ = [
     "BitMask",
+    "adam_step_",
     "apply_mask",
     "count_bits",
     "inverse_power",
@@ -19,5 +21,6 @@ __all__ = [
     "power_backward",
     "power_double_backward",
     "rebase",
+    "sgd_step_",
     "unpack_bits",
 ]

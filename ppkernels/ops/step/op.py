@@ -1,0 +1,370 @@
+"""The fused step as PyTorch ops: public functions, schemas, kernels.
+
+The CPU kernels register themselves from csrc/bindings/step.cpp when ppkernels._C is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppkernels import _backend
+from ppkernels._checks import alpha_tensor, check_floating
+from ppkernels.ops.step import reference
+
+Tensors = Sequence[Tensor]
+
+# ---- public functions
+
+
+def sgd_step_(
+    weights: Tensors,
+    grads: Tensors,
+    momentum_buffers: Tensors = (),
+    *,
+    masters: Tensors = (),
+    masks: Tensors = (),
+    alphas: Sequence[float | Tensor],
+    holds_phi: Sequence[bool] = (),
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decay: str = "coupled",
+    decay_of: str = "theta",
+    rule: str = "virtual",
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of SGD for a list of weights, in place, all of them in one pass and one call.
+
+    For a weight that holds θ, with φ = sign(θ)·|θ|^(1/α) computed on the way and never stored::
+
+        virtual: m ← μ·m + (1−τ)·g                   φ ← c·φ − lr·u·α|φ|^(α−1)
+        chain:   m ← μ·m + (1−τ)·g·α|φ|^(α−1)        φ ← c·φ − lr·u
+
+    u = m, or g + μ·m with Nesterov's momentum, or g without buffers. At α = 1, and for weights that
+    hold φ with their own gradient ∂L/∂φ, it is plain SGD: w ← c·w − lr·u.
+
+    Weight decay λ: ``"coupled"`` adds λ·θ to ∂L/∂θ, or λ·φ to the gradient that is averaged;
+    ``"decoupled"`` multiplies θ, or φ, by 1 − lr·λ (c is that, or its α-th root).
+
+    Args:
+        weights: θ or φ, float32, float64, bfloat16 or float16, of any shape; overwritten.
+        grads: ∂L/∂θ or ∂L/∂φ, each of its weight's shape and dtype; read only.
+        momentum_buffers: m, each like its weight, or float32 beside a half type; overwritten. An
+            empty list: no momentum.
+        masters: float32 copies of weights of a half type, which are stepped in their place and then
+            rounded into them; a tensor of no elements for a weight without. Where a weight is not
+            its copy rounded, it has been overwritten, and the step starts from the weight.
+        masks: for each weight the ``words`` of a `pp.BitMask`, or a tensor of no elements: where
+            the bit is 0, weight, master and state keep their bits.
+        alphas: α ≥ 1 of each weight; 1 for plain ones.
+        holds_phi: which weights hold φ; none by default.
+        lr, momentum, dampening, nesterov: as in torch.optim.SGD.
+        weight_decay, decay, decay_of: λ ≥ 0, ``"coupled"`` or ``"decoupled"``, ``"theta"`` or
+            ``"phi"``.
+        rule: ``"virtual"`` or ``"chain"``, for the weights that hold θ.
+        maximize: step against the gradient's sign.
+        grad_scale: gradients are divided by it. One float32 number, as torch.amp.GradScaler has it.
+        found_inf: where it is not 0, nothing at all is done.
+
+    Exactness: float32 and the half types in float32, float64 in float64. What φ moves by is good to
+    2^-20 of itself; θ' is rounded from there as θ·(1 + small). A step of zero leaves θ bit-equal.
+    θ = 0 stays 0 for α > 1. What is not finite stays so.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: tensors that do not go together, options out of range.
+
+    Source: Schwarz et al. 2021, section 2 and appendix (the virtual rule).
+    """
+    lists = _checked("sgd_step_", weights, grads, masters, masks, alphas, holds_phi)
+    options = (float(lr), float(momentum), float(dampening), bool(nesterov), float(weight_decay))
+    words = (decay, decay_of, rule, bool(maximize), grad_scale, found_inf)
+    _check_options("sgd_step_", weight_decay, lr, *words[:3])
+    with torch.no_grad():
+        step = _sgd_reference if _backend.uses_reference() else torch.ops.ppkernels.sgd_step_
+        step(lists[0], lists[1], list(momentum_buffers), *lists[2:], *options, *words)
+    _written(weights, momentum_buffers, masters)
+
+
+def adam_step_(
+    weights: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    max_exp_avg_sqs: Tensors = (),
+    *,
+    steps: Tensors,
+    masters: Tensors = (),
+    masks: Tensors = (),
+    alphas: Sequence[float | Tensor],
+    holds_phi: Sequence[bool] = (),
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay: str = "decoupled",
+    decay_of: str = "theta",
+    rule: str = "virtual",
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of Adam for a list of weights, in place, all of them in one pass and one call.
+
+    With g the gradient as `sgd_step_` sees it (for ``rule="chain"`` multiplied by α|φ|^(α−1))::
+
+        m ← m + (1−β₁)(g − m)        v ← β₂·v + (1−β₂)·g²
+        u = m / (√(v/(1−β₂^t)) + ε)
+
+    and the weight moves by u as there, at the learning rate lr/(1−β₁^t). With
+    ``decay="decoupled"`` it is AdamW.
+
+    Args:
+        weights, grads, masters, masks, alphas, holds_phi: as in `sgd_step_`.
+        exp_avgs, exp_avg_sqs: m and v, each like its weight, or float32 beside a half type;
+            overwritten.
+        max_exp_avg_sqs: the largest v so far, which takes the place of v in u: AMSGrad. Empty: not.
+        steps: t of each weight, a float32 tensor of one number; counted up first.
+        lr, beta1, beta2, eps: as in torch.optim.AdamW.
+        weight_decay, decay, decay_of, rule, maximize, grad_scale, found_inf: as in `sgd_step_`.
+
+    Exactness and errors: as `sgd_step_`.
+
+    Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; Reddi et al. 2018; the powered step: Schwarz
+    et al. 2021.
+    """
+    lists = _checked("adam_step_", weights, grads, masters, masks, alphas, holds_phi)
+    states = (list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(steps))
+    options = (float(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
+    words = (decay, decay_of, rule, bool(maximize), grad_scale, found_inf)
+    _check_options("adam_step_", weight_decay, lr, *words[:3])
+    with torch.no_grad():
+        step = _adam_reference if _backend.uses_reference() else torch.ops.ppkernels.adam_step_
+        step(lists[0], lists[1], *states, *lists[2:], *options, *words)
+    _written(weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps)
+
+
+def _checked(
+    op: str,
+    weights: Tensors,
+    grads: Tensors,
+    masters: Tensors,
+    masks: Tensors,
+    alphas: Sequence[float | Tensor],
+    holds_phi: Sequence[bool],
+) -> tuple[list[Any], ...]:
+    """The lists as the raw ops take them; what they hold is checked there."""
+    for name, value in (("weights", weights), ("grads", grads), ("alphas", alphas)):
+        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+            raise TypeError(f"{op}: {name} must be a list, got {type(value).__name__}")
+        if len(value) != len(weights):
+            raise ValueError(
+                f"{op}: {name} must have an entry for each of the {len(weights)} weights, "
+                f"got {len(value)}"
+            )
+    for weight, grad in zip(weights, grads, strict=True):
+        check_floating(op, "weights", weight)
+        check_floating(op, "grads", grad)
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"{op}: weights must be on one device, got {weights[0].device} and {weight.device}"
+            )
+    return (
+        list(weights),
+        list(grads),
+        list(masters),
+        list(masks),
+        [
+            alpha_tensor(op, alpha, weight.device, "alphas")
+            for alpha, weight in zip(alphas, weights, strict=True)
+        ],
+        [int(holds) for holds in holds_phi],
+    )
+
+
+def _check_options(
+    op: str, weight_decay: float, lr: float, decay: str, decay_of: str, rule: str
+) -> None:
+    for name, word, words in (
+        ("rule", rule, ("virtual", "chain")),
+        ("decay", decay, ("coupled", "decoupled")),
+        ("decay_of", decay_of, ("theta", "phi")),
+    ):
+        if word not in words:
+            raise ValueError(f"{op}: {name} must be {words[0]!r} or {words[1]!r}, got {word!r}")
+    if decay == "decoupled" and not lr * weight_decay < 1:
+        raise ValueError(
+            f"{op}: decoupled decay multiplies weights by 1 - lr * weight_decay, which must be "
+            f"positive; got lr {lr} and weight_decay {weight_decay}"
+        )
+
+
+def _written(*lists: Tensors) -> None:
+    # An op that writes to its arguments does not tell autograd; graph capture tracks it by itself.
+    if not torch.compiler.is_compiling():
+        for tensors in lists:
+            torch.autograd.graph.increment_version(tensors)
+
+
+# ---- schemas, and the kernels of every device but the CPU
+
+_FORM = (
+    "Tensor(m!)[] masters, Tensor[] masks, Tensor[] alphas, int[] holds_phi, float lr, {own}, "
+    "float weight_decay, str decay, str decay_of, str rule, bool maximize, Tensor? grad_scale, "
+    "Tensor? found_inf"
+)
+_SCHEMAS = {
+    "sgd_step_": "(Tensor(w!)[] weights, Tensor[] grads, Tensor(s!)[] momentum_buffers, "
+    + _FORM.format(own="float momentum, float dampening, bool nesterov")
+    + ") -> ()",
+    "adam_step_": "(Tensor(w!)[] weights, Tensor[] grads, Tensor(s!)[] exp_avgs, "
+    "Tensor(v!)[] exp_avg_sqs, Tensor(x!)[] max_exp_avg_sqs, Tensor(t!)[] steps, "
+    + _FORM.format(own="float beta1, float beta2, float eps")
+    + ") -> ()",
+}
+
+
+def _form(
+    alpha: Tensor,
+    holds_phi: int,
+    lr: float,
+    words: tuple[Any, ...],
+) -> reference.Form:
+    weight_decay, decay, decay_of, rule, maximize, grad_scale, _ = words
+    factor = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
+    return reference.Form(
+        float(alpha), bool(holds_phi), rule, lr, weight_decay, decay, decay_of, factor
+    )
+
+
+def _start(weight: Tensor, master: Tensor | None) -> Tensor:
+    """What a step starts from: the master copy, where nobody has overwritten the weight since."""
+    if master is None:
+        return weight
+    return torch.where(master.to(weight.dtype) == weight, master, weight.to(master.dtype))
+
+
+def _free(words: Tensor | None, weight: Tensor) -> Tensor | None:
+    if words is None:
+        return None
+    free: Tensor = torch.ops.ppkernels.unpack_bits(words, list(weight.shape))
+    return free
+
+
+def _entry(tensors: list[Tensor], i: int) -> Tensor | None:
+    """Entry ``i`` of a list that may be empty, and whose entries without elements say "none"."""
+    return tensors[i] if tensors and tensors[i].numel() else None
+
+
+def _overwrite(weight: Tensor, master: Tensor | None, free: Tensor | None, stepped: Tensor) -> None:
+    if master is None:
+        weight.copy_(stepped)
+        return
+    master.copy_(stepped)
+    shown = stepped.to(weight.dtype)
+    weight.copy_(shown if free is None else torch.where(free, shown, weight))
+
+
+def _sgd_reference(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    masters: list[Tensor],
+    masks: list[Tensor],
+    alphas: list[Tensor],
+    holds_phi: list[int],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    *words: Any,
+) -> None:
+    if words[-1] is not None and words[-1].item() != 0:
+        return
+    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        master, free = _entry(masters, i), _free(_entry(masks, i), weight)
+        buffer = momentum_buffers[i] if momentum_buffers else None
+        form = _form(alphas[i], holds_phi[i] if holds_phi else 0, lr, words)
+        stepped, averaged = reference.sgd_step(
+            _start(weight, master), grad, buffer, free, form, momentum, dampening, nesterov
+        )
+        _overwrite(weight, master, free, stepped)
+        if buffer is not None and averaged is not None:
+            buffer.copy_(averaged)
+
+
+def _adam_reference(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    masters: list[Tensor],
+    masks: list[Tensor],
+    alphas: list[Tensor],
+    holds_phi: list[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    *words: Any,
+) -> None:
+    if words[-1] is not None and words[-1].item() != 0:
+        return
+    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        master, free = _entry(masters, i), _free(_entry(masks, i), weight)
+        states = [exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sqs[i] if max_exp_avg_sqs else None]
+        form = _form(alphas[i], holds_phi[i] if holds_phi else 0, lr, words)
+        steps[i].add_(1)
+        stepped, *moments = reference.adam_step(
+            _start(weight, master),
+            grad,
+            exp_avgs[i],
+            exp_avg_sqs[i],
+            states[2],
+            float(steps[i]),
+            free,
+            form,
+            beta1,
+            beta2,
+            eps,
+        )
+        _overwrite(weight, master, free, stepped)
+        for state, moment in zip(states, moments, strict=True):
+            if state is not None and moment is not None:
+                state.copy_(moment)
+
+
+def _define(name: str, kernel: Any) -> None:
+    tags = (torch.Tag.pt2_compliant_tag,)
+    torch.library.define(f"ppkernels::{name}", _SCHEMAS[name], tags=tags)
+    torch.library.register_fake(f"ppkernels::{name}", lambda *args: None)
+    # The reference, wherever nothing better is registered for a device.
+    torch.library.impl(f"ppkernels::{name}", "CompositeExplicitAutograd", kernel)
+
+
+def _define_on_gpu(name: str) -> None:
+    def launch(*args: Any) -> None:
+        # Triton is imported by the first call on a GPU, never by `import ppkernels`.
+        from ppkernels.ops.step import gpu
+
+        getattr(gpu, name)(*args)
+
+    torch.library.impl(f"ppkernels::{name}", "CUDA", launch)
+
+
+_define("sgd_step_", _sgd_reference)
+_define("adam_step_", _adam_reference)
+if importlib.util.find_spec("triton") is not None:
+    for _name in _SCHEMAS:
+        _define_on_gpu(_name)
