@@ -1,4 +1,5 @@
 """The masks of powered layers: what they do, and that they come through copies and checkpoints."""
+# Longer than 350 lines: one subject, and each test needs masks on a layer of either form.
 
 from __future__ import annotations
 
