@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels.ops import adam_step_
-from ppkernels.optim.power_optimizer import Batch, Decay, DecayOf, Parameters, PowerOptimizer, Rule
+from ppkernels.optim.power_optimizer import (
+    Batch,
+    Decay,
+    DecayOf,
+    Parameters,
+    PowerOptimizer,
+    Rule,
+    Scaling,
+)
 
 
 class PowerAdamW(PowerOptimizer):
@@ -21,12 +29,12 @@ class PowerAdamW(PowerOptimizer):
 
         u = (m/(1−β₁^t)) / (√(v/(1−β₂^t)) + ε)
 
-    and φ is never stored. Under ``"chain"``, which is what torch.optim.AdamW does to a stored φ, the
-    division by √v takes the factor α|φ|^(α−1) out again: all φ move alike, and little is left of
-    Powerpropagation. ``"virtual"`` keeps it.
+    and φ is never stored. Under ``"chain"``, which is what torch.optim.AdamW does to a stored φ,
+    the division by √v takes the factor α|φ|^(α−1) out again: all φ move alike, and little is left
+    of Powerpropagation. ``"virtual"`` keeps it.
 
-    All other parameters, the weights of layers with ``stores="phi"``, exponents, update masks, weight
-    decay, half types, GradScaler and errors: as in `PowerSGD`.
+    All other parameters, the weights of layers with ``stores="phi"``, exponents, update masks,
+    weight decay, half types, GradScaler and errors: as in `PowerSGD`.
 
     Args:
         params: as in `PowerSGD`.
@@ -93,7 +101,7 @@ class PowerAdamW(PowerOptimizer):
         return {**group, "decay": decay}
 
     def step_batch(
-        self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: tuple[Any, Any]
+        self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: Scaling
     ) -> None:
         """Take the fused step for the parameters of ``batch``."""
         states = [self._state(parameter, group) for parameter in batch.params]
@@ -123,7 +131,7 @@ class PowerAdamW(PowerOptimizer):
         )
 
     def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = self.state[parameter]
+        state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
             # Counted where the weight lies, so that a step on a GPU waits for nothing.
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

@@ -20,6 +20,8 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, T
 Rule = Literal["virtual", "chain"]
 Decay = Literal["coupled", "decoupled"]
 DecayOf = Literal["theta", "phi"]
+# Loss scale, and the number that is not 0 where a gradient is not finite: a GradScaler's.
+Scaling = tuple[Tensor | None, Tensor | None]
 
 _WORDS = {"rule": get_args(Rule), "decay": get_args(Decay), "decay_of": get_args(DecayOf)}
 
@@ -126,7 +128,8 @@ class PowerOptimizer(Optimizer):
         optimizer = type(self).__name__
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # A scheduler may want the learning rate as a tensor.
-        if not is_number and not (name == "lr" and isinstance(value, Tensor) and value.numel() == 1):
+        is_lr_tensor = name == "lr" and isinstance(value, Tensor) and value.numel() == 1
+        if not is_number and not is_lr_tensor:
             raise TypeError(f"{optimizer}: {name} must be a number, got {value!r}")
         if not math.isfinite(value):
             raise ValueError(f"{optimizer}: {name} must be a finite number, got {float(value)}")
@@ -135,7 +138,7 @@ class PowerOptimizer(Optimizer):
             raise ValueError(f"{optimizer}: {name} must be a number {wanted}, got {float(value)}")
 
     def step_batch(
-        self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: tuple[Any, Any]
+        self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: Scaling
     ) -> None:
         """Take the fused step for the parameters of ``batch``.
 
@@ -229,12 +232,14 @@ class PowerOptimizer(Optimizer):
                 loss = closure()
         self._look_at_layers()
         # Attributes that a GradScaler sets for the time of the call.
-        scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             for batch in self._batches_of(group, params):
                 grads = [_dense_grad(type(self).__name__, parameter) for parameter in batch.params]
-                self.step_batch(group, batch, grads, _on(batch.params[0].device, *scaling))
+                device = batch.params[0].device
+                scaling = (_on(device, grad_scale), _on(device, found_inf))
+                self.step_batch(group, batch, grads, scaling)
         return loss
 
     # ---- layers
@@ -316,11 +321,8 @@ def _update_words(layers: list[_powered.PoweredLayer], parameter: Tensor) -> Ten
     return _NO_WORDS
 
 
-def _on(device: torch.device, *numbers: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(
-        number if number is None or number.device == device else number.to(device)
-        for number in numbers
-    )
+def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
+    return number if number is None or number.device == device else number.to(device)
 
 
 def _dense_grad(optimizer: str, parameter: Tensor) -> Tensor:

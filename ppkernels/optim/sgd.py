@@ -7,7 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ppkernels.ops import sgd_step_
-from ppkernels.optim.power_optimizer import Batch, Decay, DecayOf, Parameters, PowerOptimizer, Rule
+from ppkernels.optim.power_optimizer import (
+    Batch,
+    Decay,
+    DecayOf,
+    Parameters,
+    PowerOptimizer,
+    Rule,
+    Scaling,
+)
 
 
 class PowerSGD(PowerOptimizer):
@@ -55,8 +63,8 @@ class PowerSGD(PowerOptimizer):
         decay_of: ``"theta"`` or ``"phi"``.
         maximize: step against the gradient's sign.
         master_weights: keep a float32 copy of each weight of a half type, and float32 momentum, in
-            the state; the copy is what is stepped. A weight that somebody overwrites counts for more
-            than its copy.
+            the state; the copy is what is stepped. A weight that somebody overwrites counts for
+            more than its copy.
 
     At α = 1 the steps are torch.optim.SGD's bit for bit (float32, compiled CPU kernels). A weight
     that is exactly 0 stays 0 for α > 1. ``.grad`` is ∂L/∂θ, so clipping works as ever. With a
@@ -114,7 +122,7 @@ class PowerSGD(PowerOptimizer):
             )
 
     def step_batch(
-        self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: tuple[Any, Any]
+        self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: Scaling
     ) -> None:
         """Take the fused step for the parameters of ``batch``."""
         if group["momentum"] == 0:
@@ -149,7 +157,7 @@ class PowerSGD(PowerOptimizer):
         grads: list[Tensor],
         buffers: list[Tensor],
         dampening: float,
-        scaling: tuple[Tensor | None, Tensor | None],
+        scaling: Scaling,
     ) -> None:
         sgd_step_(
             batch.params,
@@ -171,5 +179,3 @@ class PowerSGD(PowerOptimizer):
             grad_scale=scaling[0],
             found_inf=scaling[1],
         )
-
-
