@@ -1,7 +1,8 @@
 """The rows: what is measured, against what. Adding an op is adding a row to `ROWS`.
 
 The elementwise ops are here, single layers in layers.py, whole training steps in training.py, and
-the optimizers' steps alone in update.py. φ is ``weight``, θ ``theta``, α ``alpha``; N is the number of elements.
+the optimizers' steps alone in update.py. φ is ``weight``, θ ``theta``, α ``alpha``; N is the number
+of elements.
 """
 
 from __future__ import annotations

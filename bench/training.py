@@ -32,7 +32,7 @@ WORKSPACE_BYTES = 64 * 2**10
 """What a powered step may allocate in passing, whatever the size of the model."""
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
-"""Takes a model's parameters, and options by name."""
+"""Takes a model's parameters; the powered ones take ``rule`` too."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ ADAMW: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0}
 
 OPTIMIZERS = {
     "sgd": Optimizers(
-        stock=lambda parameters, **options: torch.optim.SGD(parameters, fused=True, **SGD, **options),
-        powered=lambda parameters, **options: pp.optim.PowerSGD(parameters, **SGD, **options),
+        stock=lambda parameters: torch.optim.SGD(parameters, fused=True, **SGD),
+        powered=lambda parameters, **rule: pp.optim.PowerSGD(parameters, **SGD, **rule),
     ),
     "adamw": Optimizers(
-        stock=lambda parameters, **options: torch.optim.AdamW(parameters, fused=True, **ADAMW, **options),
-        powered=lambda parameters, **options: pp.optim.PowerAdamW(parameters, **ADAMW, **options),
+        stock=lambda parameters: torch.optim.AdamW(parameters, fused=True, **ADAMW),
+        powered=lambda parameters, **rule: pp.optim.PowerAdamW(parameters, **ADAMW, **rule),
     ),
 }
 

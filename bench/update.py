@@ -77,7 +77,7 @@ def resnet(layers: int) -> UpdateInputs:
 def update(
     make_optimizer: MakeOptimizer, alpha: float | None = None, weight: str = "weight"
 ) -> Build:
-    """A step of an optimizer: powered with ``alpha``, plain without; the call returns ``weight``."""
+    """An optimizer's step: powered with ``alpha``, plain without; the call returns ``weight``."""
 
     def build(inputs: UpdateInputs) -> Call:
         model = inputs.copy_of_model()
