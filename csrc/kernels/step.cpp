@@ -310,9 +310,11 @@ class Chain {
 
   template <class V>
   PPKERNELS_INLINE Point<V> at(const V& theta) const {
-    const V a = abs(theta);
-    const V inverse = select(a == splat(0.0f), splat(0.0f), splat(1.0f) / root_(a));
-    return {alpha_ * a * inverse, inverse};
+    const V a = abs(theta), root = root_(a);
+    const auto is_zero = a == splat(0.0f);
+    // Each by a division of its own: 1/|φ| may be infinite where the slope is not.
+    return {select(is_zero, splat(0.0f), alpha_ * (a / root)),
+            select(is_zero, splat(0.0f), splat(1.0f) / root)};
   }
 
   template <class V>
