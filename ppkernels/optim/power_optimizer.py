@@ -192,6 +192,10 @@ class PowerOptimizer(Optimizer):
         So the state_dict of the torch optimizer of the same formula may be loaded, state and all.
         """
         own = {**state.get("defaults", getattr(self, "defaults", {}))}
+        for values in state.get("state", {}).values():
+            # torch.optim.SGD without momentum.
+            if isinstance(values, dict) and values.get("momentum_buffer", values) is None:
+                del values["momentum_buffer"]
         groups = [{**own, **self.translated(group)} for group in state.get("param_groups", [])]
         for group in groups:
             self.check_options(group)
@@ -236,11 +240,22 @@ class PowerOptimizer(Optimizer):
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             for batch in self._batches_of(group, params):
-                grads = [_dense_grad(type(self).__name__, parameter) for parameter in batch.params]
                 device = batch.params[0].device
                 scaling = (_on(device, grad_scale), _on(device, found_inf))
-                self.step_batch(group, batch, grads, scaling)
+                self._step_checked(group, batch, scaling)
         return loss
+
+    def _step_checked(self, group: dict[str, Any], batch: Batch, scaling: Scaling) -> None:
+        grads: list[Any] = [parameter.grad for parameter in batch.params]
+        try:
+            self.step_batch(group, batch, grads, scaling)
+        except (RuntimeError, TypeError):
+            # The fused step checks its tensors before it changes any. What it does not take may be
+            # a gradient that only wants a cast, or a better word.
+            dense = [_dense_grad(type(self).__name__, parameter) for parameter in batch.params]
+            if all(map(operator.is_, dense, grads)):
+                raise
+            self.step_batch(group, batch, dense, scaling)
 
     # ---- layers
 

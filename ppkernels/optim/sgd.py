@@ -128,11 +128,14 @@ class PowerSGD(PowerOptimizer):
         if group["momentum"] == 0:
             self._fused(group, batch, grads, [], group["dampening"], scaling)
             return
-        state = self.state
-        fresh = [p for p in batch.params if state[p].get("momentum_buffer") is None]
-        for parameter in fresh:
-            state[parameter]["momentum_buffer"] = self.zero_state(parameter, group)
-        buffers = [state[parameter]["momentum_buffer"] for parameter in batch.params]
+        fresh: list[Tensor] = []
+        try:
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in batch.params]
+        except KeyError:
+            fresh = [p for p in batch.params if "momentum_buffer" not in self.state[p]]
+            for parameter in fresh:
+                self.state[parameter]["momentum_buffer"] = self.zero_state(parameter, group)
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in batch.params]
         # The first gradient is taken whole, as torch.optim.SGD does.
         if not fresh or group["dampening"] == 0:
             self._fused(group, batch, grads, buffers, group["dampening"], scaling)

@@ -1,4 +1,5 @@
 """The fused step as PyTorch ops: public functions, schemas, kernels.
+Longer than 350 lines: two ops of the same many options, a third of it their docstrings.
 
 The CPU kernels register themselves from csrc/bindings/step.cpp when ppkernels._C is loaded.
 """
