@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels.ops import adam_step_
+from ppkernels.optim.batch import Batch
 from ppkernels.optim.power_optimizer import (
-    Batch,
     Decay,
     DecayOf,
     Parameters,

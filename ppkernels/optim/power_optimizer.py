@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from ppkernels import _powered
 from ppkernels._checks import alpha_tensor, check_alpha
+from ppkernels.optim.batch import Batch, batch_of, check_owners
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Rule = Literal["virtual", "chain"]
@@ -27,55 +27,8 @@ _WORDS = {"rule": get_args(Rule), "decay": get_args(Decay), "decay_of": get_args
 
 _HALF = (torch.bfloat16, torch.float16)
 
-# What the fused step takes for "α = 1" and for "no mask" and "no master copy".
-_ONE = torch.tensor(1.0, dtype=torch.float64, device="cpu")
-_NO_WORDS = torch.empty(0, dtype=torch.uint8, device="cpu")
-NO_MASTER = torch.empty(0, device="cpu")
-
-
-@dataclass
-class Batch:
-    """The parameters of a group that one call of the fused step takes, and how each is stepped.
-
-    Attributes:
-        params: the parameters with a gradient, all on one device.
-        alphas: a 0-dim float64 tensor each; its value is read at each step.
-        masks: the words of each update mask, those of no elements for none; an empty list if there
-            is no mask at all.
-        holds_phi: 1 for a weight that holds φ, else 0.
-        generation: the registry's when this was found out.
-        group_alpha: the group's own exponent at that moment.
-    """
-
-    params: list[Tensor]
-    alphas: list[Tensor]
-    masks: list[Tensor]
-    holds_phi: list[int]
-    generation: object
-    group_alpha: float | Tensor | None
-
-    def is_for(self, params: list[Tensor], group_alpha: float | Tensor | None) -> bool:
-        """Whether nothing has changed since."""
-        return (
-            self.generation is _powered.generation()
-            and self.group_alpha is group_alpha
-            and len(params) == len(self.params)
-            and all(map(operator.is_, params, self.params))
-        )
-
-    def only(self, chosen: list[int]) -> Batch:
-        """The batch of some of the parameters, by their places."""
-
-        def pick(values: list[Any]) -> list[Any]:
-            return [values[i] for i in chosen] if values else []
-
-        return replace(
-            self,
-            params=pick(self.params),
-            alphas=pick(self.alphas),
-            masks=pick(self.masks),
-            holds_phi=pick(self.holds_phi),
-        )
+# What the fused step takes for "no master copy".
+_NO_MASTER = torch.empty(0, device="cpu")
 
 
 class PowerOptimizer(Optimizer):
@@ -164,7 +117,7 @@ class PowerOptimizer(Optimizer):
         masters = []
         for parameter in params:
             if parameter.dtype not in _HALF:
-                masters.append(NO_MASTER)
+                masters.append(_NO_MASTER)
                 continue
             state = self.state[parameter]
             if "master" not in state:
@@ -181,7 +134,7 @@ class PowerOptimizer(Optimizer):
         _powered.refresh()
         try:
             for parameter in param_group["params"]:
-                self._check_owners(parameter, param_group["alpha"])
+                check_owners(type(self).__name__, parameter, param_group["alpha"])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -267,7 +220,7 @@ class PowerOptimizer(Optimizer):
             return
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._check_owners(parameter, group["alpha"])
+                check_owners(type(self).__name__, parameter, group["alpha"])
         self._agreed = generation
 
     def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Batch]:
@@ -278,62 +231,10 @@ class PowerOptimizer(Optimizer):
         by_device: dict[torch.device, list[Tensor]] = {}
         for parameter in params:
             by_device.setdefault(parameter.device, []).append(parameter)
-        batches = [self._batch(some, group["alpha"]) for some in by_device.values()]
+        name = type(self).__name__
+        batches = [batch_of(name, some, group["alpha"]) for some in by_device.values()]
         self._batches[id(group)] = batches
         return batches
-
-    def _batch(self, params: list[Tensor], group_alpha: float | Tensor | None) -> Batch:
-        # Taken first: what changes meanwhile makes the batch old again.
-        generation = _powered.generation()
-        alphas, masks, holds_phi = [], [], []
-        for parameter in params:
-            layers = _powered.layers_of(parameter)
-            theta_layer = _powered.theta_layer(parameter)
-            if theta_layer is not None:
-                alpha = theta_layer.alpha
-            elif layers and _powered.weight_parameter(layers[0]) is parameter:
-                alpha = layers[0].alpha
-            elif group_alpha is None or layers:
-                alpha = _ONE
-            else:
-                alpha = alpha_tensor(type(self).__name__, group_alpha, parameter.device)
-            is_phi = theta_layer is None and bool(layers)
-            alphas.append(alpha)
-            holds_phi.append(int(is_phi))
-            masks.append(_update_words(layers, parameter))
-        if all(words is _NO_WORDS for words in masks):
-            masks = []
-        return Batch(params, alphas, masks, holds_phi, generation, group_alpha)
-
-    def _check_owners(self, parameter: Tensor, group_alpha: float | Tensor | None) -> None:
-        """The layers that share ``parameter`` agree with each other, and with the group."""
-        layers = _powered.layers_of(parameter)
-        name = type(self).__name__
-        if layers and group_alpha is not None:
-            raise ValueError(
-                f"{name}: a group with an alpha of its own has the weight of {layers[0]}, which "
-                "has its layer's; put it into another group"
-            )
-        if len({(layer.stores, float(layer.alpha)) for layer in layers}) > 1:
-            raise ValueError(
-                f"{name}: {' and '.join(map(str, layers))} share one weight, so they need the same "
-                "alpha and stores"
-            )
-        masks = [layer.update_mask for layer in layers if layer.update_mask is not None]
-        if any(mask != masks[0] for mask in masks[1:]):
-            raise ValueError(
-                f"{name}: {' and '.join(map(str, layers))} share one weight, so their update masks "
-                "have to be equal"
-            )
-
-
-def _update_words(layers: list[_powered.PoweredLayer], parameter: Tensor) -> Tensor:
-    """The words of the update mask of a weight, or none."""
-    for layer in layers:
-        # Where torch.nn.utils has replaced the weight, the mask is not one of the parameter.
-        if layer.update_mask is not None and _powered.weight_parameter(layer) is parameter:
-            return layer.update_mask.words
-    return _NO_WORDS
 
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:

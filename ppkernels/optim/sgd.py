@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ppkernels.ops import sgd_step_
+from ppkernels.optim.batch import Batch
 from ppkernels.optim.power_optimizer import (
-    Batch,
     Decay,
     DecayOf,
     Parameters,
