@@ -39,17 +39,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; every default that depends on another option is filled in."""
     parser = argparse.ArgumentParser(
         description="Train on MNIST at several exponents, prune by magnitude, draw the result.",
-        epilog="sgd: layers store theta and pp.optim.PowerSGD takes the powered step, by either "
-        "rule. adam: layers store phi and torch.optim.Adam steps it, which is the chain rule. "
+        epilog="sgd, adamw: layers store theta and pp.optim.PowerSGD or PowerAdamW takes the powered "
+        "step, by either rule. adam: layers store phi and torch.optim.Adam steps it, which is the "
+        "chain rule. "
         "Default rates: "
         + ", ".join(f"{name} {recipe.lr:g}" for name, recipe in RECIPES.items())
-        + f"; adam {Recipe.adam_lr:g}.",
+        + f"; adam and adamw {Recipe.adam_lr:g}.",
     )
     add = parser.add_argument
     add("--model", choices=MODELS, default="mlp1", help="784-256-10, 784-300-100-10, or a CNN")
     add("--alpha", type=_at_least(1.0), nargs="+", default=[1.0, 1.5, 2.0], help="exponents >= 1")
     add("--epochs", type=_at_least(1), help="default: 15, the CNN 10")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="see below")
+    add("--optimizer", choices=("sgd", "adamw", "adam"), default="sgd", help="see below")
     add("--rule", choices=("virtual", "chain"), default="chain", help="default: chain")
     add("--lr", type=_above_zero, help="at the start, falls to 0 as a cosine; default: below")
     add("--momentum", type=_at_least(0.0), help="of sgd; default: 0.9")
@@ -69,9 +70,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     if options.optimizer == "adam" and options.rule == "virtual":
         parser.error(
-            "--rule virtual needs --optimizer sgd: torch's Adam steps phi by the chain rule"
+            "--rule virtual needs --optimizer sgd or adamw: torch's Adam steps phi by the chain rule"
         )
-    if options.optimizer == "adam" and options.momentum is not None:
+    if options.optimizer != "sgd" and options.momentum is not None:
         parser.error("--momentum is an option of --optimizer sgd; adam has betas of its own")
     if len(set(options.alpha)) < len(options.alpha) or len(set(options.seeds)) < len(options.seeds):
         parser.error("--alpha and --seeds must not name a value twice")
@@ -172,6 +173,8 @@ RECIPES = {
 def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
     if options.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=options.lr)
+    if options.optimizer == "adamw":
+        return pp.optim.PowerAdamW(model, lr=options.lr, rule=options.rule)
     return pp.optim.PowerSGD(model, lr=options.lr, momentum=options.momentum, rule=options.rule)
 
 
@@ -285,8 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         data = data.first(QUICK["train"], QUICK["test"])
     stores = "φ, stepped by torch.optim.Adam (chain rule)"
-    if options.optimizer == "sgd":
-        stores = f"θ, stepped by pp.optim.PowerSGD ({options.rule} rule)"
+    if options.optimizer != "adam":
+        name = "PowerSGD" if options.optimizer == "sgd" else "PowerAdamW"
+        stores = f"θ, stepped by pp.optim.{name} ({options.rule} rule)"
     console.print(f"Data: {data.source}")
     console.print(f"{len(data.train_labels):,} images to train, {len(data.test_labels):,} to test")
     console.print(f"Model: {options.model}; its layers store {stores}")

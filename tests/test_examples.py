@@ -63,10 +63,12 @@ def test_same_seed_gives_the_same_bytes_and_all_outputs(tmp_path: Path, mnist: M
     assert runs[0]["accuracy"] > 0.5
 
 
-@pytest.mark.parametrize("model", ["mlp3", "cnn"])
-def test_other_models_and_adam(tmp_path: Path, mnist: ModuleType, model: str) -> None:
+@pytest.mark.parametrize(("model", "optimizer"), [("mlp3", "adamw"), ("cnn", "adam")])
+def test_other_models_and_optimizers(
+    tmp_path: Path, mnist: ModuleType, model: str, optimizer: str
+) -> None:
     arguments = ("--quick", "--epochs", "1", "--alpha", "2", "--model", model)
-    mnist.main([*arguments, "--optimizer", "adam", "--out", str(tmp_path / "out")])
+    mnist.main([*arguments, "--optimizer", optimizer, "--out", str(tmp_path / "out")])
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert set(run["small"]) == {*mnist.thetas(pp.powerize(mnist.MODELS[model](), 1)), "all"}
 
@@ -82,7 +84,7 @@ def test_other_models_and_adam(tmp_path: Path, mnist: ModuleType, model: str) ->
         (["--alpha", "0.5"], "must be a number >= 1.0, got 0.5"),
         (["--alpha", "nan"], "must be a number >= 1.0, got nan"),
         (["--alpha", "2", "2"], "must not name a value twice"),
-        (["--optimizer", "adam", "--rule", "virtual"], "needs --optimizer sgd"),
+        (["--optimizer", "adam", "--rule", "virtual"], "needs --optimizer sgd or adamw"),
         (["--optimizer", "adam", "--momentum", "0.9"], "is an option of --optimizer sgd"),
         (["--quick", "--lr", "1e30"], "diverged in epoch 1"),
     ],

@@ -144,10 +144,8 @@ class Far {
     const f32v base = 1.0f - times_sign(u * factor_(abs(theta)), theta);
     const f32v a = abs(base);
     f32v result = theta * keep_ * with_sign(is_special(a) ? a : power_(a), base);
-    for (int i = 0; i < kLanes; ++i) {
-      if (!(a[i] <= largest_) || theta[i] == 0) result[i] = (float)motion_(theta[i], u[i]);
-    }
-    return result;
+    const i32v is_regular = (a <= splat(largest_)) & (theta != splat(0.0f));
+    return any(~is_regular) ? one_by_one(theta, u, is_regular, result) : result;
   }
 
   // −r = u·sign(θ)·rate·|θ|^exponent.
@@ -159,6 +157,13 @@ class Far {
   }
 
  private:
+  f32v one_by_one(f32v theta, f32v u, i32v is_regular, f32v result) const {
+    for (int i = 0; i < kLanes; ++i) {
+      if (!is_regular[i]) result[i] = (float)motion_(theta[i], u[i]);
+    }
+    return result;
+  }
+
   // Put off to the first use, for many small tensors have none.
   void prepare() {
     is_ready_ = true;
