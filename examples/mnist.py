@@ -39,9 +39,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; every default that depends on another option is filled in."""
     parser = argparse.ArgumentParser(
         description="Train on MNIST at several exponents, prune by magnitude, draw the result.",
-        epilog="sgd, adamw: layers store theta and pp.optim.PowerSGD or PowerAdamW takes the powered "
-        "step, by either rule. adam: layers store phi and torch.optim.Adam steps it, which is the "
-        "chain rule. "
+        epilog="sgd, adamw: layers store theta and pp.optim.PowerSGD or PowerAdamW takes the "
+        "powered step, by either rule. adam: layers store phi and torch.optim.Adam steps it, which "
+        "is the chain rule. "
         "Default rates: "
         + ", ".join(f"{name} {recipe.lr:g}" for name, recipe in RECIPES.items())
         + f"; adam and adamw {Recipe.adam_lr:g}.",
@@ -70,7 +70,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     if options.optimizer == "adam" and options.rule == "virtual":
         parser.error(
-            "--rule virtual needs --optimizer sgd or adamw: torch's Adam steps phi by the chain rule"
+            "--rule virtual needs --optimizer sgd or adamw: torch's Adam steps phi by the chain "
+            "rule"
         )
     if options.optimizer != "sgd" and options.momentum is not None:
         parser.error("--momentum is an option of --optimizer sgd; adam has betas of its own")
