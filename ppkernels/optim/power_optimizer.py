@@ -44,6 +44,9 @@ class PowerOptimizer(Optimizer):
 
     def __init__(self, params: nn.Module | Parameters, defaults: dict[str, Any]) -> None:
         self._batches: dict[int, list[Batch]] = {}
+        # The registry of layers is weak. Who keeps parameters and lets their model go would find
+        # them stepped as plain ones.
+        self._kept: list[_powered.PoweredLayer] = []
         super().__init__(
             params.parameters() if isinstance(params, nn.Module) else params,
             {**defaults, "alpha": None},
@@ -135,6 +138,7 @@ class PowerOptimizer(Optimizer):
         try:
             for parameter in param_group["params"]:
                 check_owners(type(self).__name__, parameter, param_group["alpha"])
+                self._kept += _powered.layers_of(parameter)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -152,7 +156,7 @@ class PowerOptimizer(Optimizer):
         groups = [{**own, **self.translated(group)} for group in state.get("param_groups", [])]
         for group in groups:
             self.check_options(group)
-        self._batches = {}
+        self._batches, self._kept = {}, getattr(self, "_kept", [])
         super().__setstate__({**state, "param_groups": groups})
 
     def translated(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import sys
 import threading
@@ -59,6 +60,18 @@ def test_a_layer_powerized_after_the_optimizer(stepped: Callable[..., torch.Tens
     with_gradients(pp.powerize(model, 2.0))
     weight = model[0].weight
     expected = stepped(weight.detach(), weight.grad, model[0].alpha, 0.1)
+    optimizer.step()
+    assert torch.equal(weight, expected)
+
+
+def test_a_model_that_is_gone_is_stepped_with_the_power_all_the_same(
+    stepped: Callable[..., torch.Tensor],
+) -> None:
+    layer = with_gradients(pp.nn.PowerLinear(4, 4, alpha=2.0))
+    weight, optimizer = layer.weight, pp.optim.PowerSGD(layer, 0.1)
+    expected = stepped(weight, weight.grad, 2.0, 0.1)
+    del layer
+    gc.collect()
     optimizer.step()
     assert torch.equal(weight, expected)
 
