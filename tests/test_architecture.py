@@ -38,6 +38,8 @@ IMPORTS = [
     ("ops/*/reference.py", ["torch.*"]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_ROOMS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", "ppkernels._checks", "ppkernels._backend"]),
+    ("ops/step/table.py", ["torch.*", "ppkernels.ops._layout", "ppkernels._checks"]),
+    ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
     ("nn/*.py", [*USES_OPS, "ppkernels.autograd"]),
     ("optim/*.py", [*USES_OPS]),
