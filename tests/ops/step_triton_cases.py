@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ppkernels.ops.step import gpu, reference, table
@@ -602,6 +603,17 @@ def test_one_launch_for_all_and_no_value_makes_another_kernel(monkeypatch):
     other.run()
     first, second = recorder.launches
     assert first == second
+
+
+def test_a_launch_for_each_kind_of_weight(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(gpu, "step_kernel", recorder)
+    memory = torch.ones(100, device=DEVICE)
+    weights = [memory[:9], memory[1:9], memory[8:20], memory[:50].double(), memory[2:3]]
+    Call(SGD, weights, [weight.clone() for weight in weights], [], [1.0] * 5).run()
+    kinds = {(launch["WEIGHT"], launch["ALIGNED"]) for launch in recorder.launches}
+    assert kinds == {(tl.float32, True), (tl.float32, False), (tl.float64, True)}
+    assert len(recorder.launches) == 3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
