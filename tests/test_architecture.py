@@ -16,6 +16,7 @@ PACKAGE = ROOT / "ppkernels"
 CSRC = ROOT / "csrc"
 
 SHARED = ("ppkernels._checks", "ppkernels._powered")
+SHARED_BY_ROOMS = ("ppkernels.ops._layout", "ppkernels.ops._point")
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
 # Files of the package, and what they may import besides the standard library; the first row that
@@ -31,10 +32,14 @@ IMPORTS = [
     ("reference.py", ["ppkernels.ops.*"]),
     ("testing.py", ["torch.*", "mpmath", "ppkernels"]),
     ("ops/__init__.py", ["ppkernels.ops.*"]),
+    ("ops/_layout.py", ["torch.*"]),
+    ("ops/_point.py", ["triton.*"]),
     ("ops/*/__init__.py", ["{room}.*"]),
     ("ops/*/reference.py", ["torch.*"]),
-    ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*"]),
+    ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_ROOMS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", "ppkernels._checks", "ppkernels._backend"]),
+    ("ops/step/table.py", ["torch.*", "ppkernels.ops._layout", "ppkernels._checks"]),
+    ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
     ("nn/*.py", [*USES_OPS, "ppkernels.autograd"]),
     ("optim/*.py", [*USES_OPS]),

@@ -1,0 +1,554 @@
+"""Triton kernels of op `step` and their launchers, for NVIDIA and AMD GPUs.
+Longer than 350 lines: forms, optimizers and the pass are one kernel, read together.
+
+A call is a table on the device (table.py), `prepare_kernel`, which makes constants for each weight
+out of it (constants.py), and `step_kernel` once for all weights of the same dtypes. The launchers
+have the signatures of the op's schemas (op.py) and its contract; nothing waits for the device. No
+value of α or of an option causes a compilation: a compiled kernel is chosen by the words of a call
+(rule, decay of what), optimizer and states, dtypes, alignment, and whether there are masks and
+masters.
+
+# Note [A step on θ alone, on a GPU]
+The formulas are those of csrc/kernels/step.cpp, Note [A step on θ alone]: with φ' = c·φ + δ,
+
+    θ' = c^α·θ·Ψ(1 + r),    r = δ/(cφ)
+    virtual: r = rate·u·sign(θ)·|θ|^e,  e = (α−2)/α,  rate = −lr·α/c
+    chain:   r = rate·u·sign(θ)/|θ|^e,  e = 1/α,      rate = −lr/c
+
+While |r| ≤ near, Ψ(1 + r) = 1 + x by six terms of the binomial series. A block in which some |r| is
+larger, or no number, also takes the full way for those (`_far`): φ, then 1 + δ/(cφ) or cφ + δ,
+then its power. float64 takes the full way for all. What depends on α alone (exponents, factors,
+terms, near) is computed once a weight in float64, by `prepare_kernel`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppkernels.ops._point import scaled_power, signed_power, with_sign
+from ppkernels.ops.step.constants import (
+    COLUMN_FIRST_BLOCK,
+    COLUMN_GRAD,
+    COLUMN_MASK,
+    COLUMN_MASTER,
+    COLUMN_NUMEL,
+    COLUMN_STATE,
+    COLUMN_WEIGHT,
+    CONSTANTS,
+    HEAD_SIZE,
+    IN_HEAD_BETA2,
+    IN_HEAD_EPS,
+    IN_HEAD_MOMENTUM,
+    IN_HEAD_REST1,
+    IN_HEAD_REST2,
+    IN_HEAD_UNDAMPED,
+    OF_ALPHA,
+    OF_DECAY_EXPONENT,
+    OF_DECAY_RATE,
+    OF_EXPONENT,
+    OF_GOES,
+    OF_GRAD_FACTOR,
+    OF_KEEP,
+    OF_KEEP_PHI,
+    OF_LR,
+    OF_NEAR,
+    OF_PLAIN,
+    OF_RATE,
+    OF_ROOT2,
+    OF_TERMS,
+    PREPARED,
+    TERM_COUNT,
+    constant,
+    number_in,
+    prepare_kernel,
+)
+from ppkernels.ops.step.table import (
+    Lists,
+    Table,
+    bits,
+    block_of,
+    check_number,
+    count_steps,
+    lies_on,
+    table_of,
+)
+
+_WARPS = 4
+# Rows that a program looks through at once.
+_SEARCHED = 128
+
+# ---- the maths of a point; ``own`` points at the weight's constants, of which there are ``rows``
+
+
+@triton.jit
+def _decayed(grad, weight, own, rows, PRECISE: tl.constexpr):
+    """The gradient with coupled decay: plus λ times the weight or a power of it."""
+    rate = constant(own, rows, OF_DECAY_RATE, weight.dtype)
+    if rate != 0.0:
+        exponent = constant(own, rows, OF_DECAY_EXPONENT, tl.float64)
+        penalty = weight
+        if exponent != 1.0:
+            penalty = signed_power(weight, exponent, PRECISE)
+        grad = grad + rate * penalty
+    return grad
+
+
+@triton.jit
+def _factor(weight, own, rows, PRECISE: tl.constexpr):
+    """|θ|^e of the Note, without meaning at θ = 0; 1 for a plain step."""
+    factor = tl.zeros_like(weight) + 1.0
+    if tl.load(own + OF_PLAIN * rows) == 0.0:
+        exponent = constant(own, rows, OF_EXPONENT, tl.float64)
+        # e = 0 is the virtual rule at α = 2.
+        if exponent != 0.0:
+            factor = scaled_power(weight, exponent, None, PRECISE)
+    return factor
+
+
+@triton.jit
+def _far(weight, u, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
+    """θ' by way of φ, whatever r is."""
+    DTYPE: tl.constexpr = weight.dtype
+    alpha = constant(own, rows, OF_ALPHA, tl.float64)
+    size = tl.abs(weight)
+    phi = scaled_power(weight, 1.0 / alpha, None, PRECISE)
+    delta = -constant(own, rows, OF_LR, DTYPE) * u
+    if not CHAIN:
+        delta = delta * (alpha.to(DTYPE) * (size / phi))
+    # At φ = 0 momentum would move a weight that has no gradient: the slope there, 0, stops it.
+    delta = tl.where(size == 0.0, 0.0 * u, delta)
+    phi = with_sign(constant(own, rows, OF_KEEP_PHI, DTYPE) * phi, weight)
+    kept = constant(own, rows, OF_KEEP, DTYPE) * weight
+    # Where δ is the larger, δ/φ could overflow, and φ + δ is as exact.
+    is_near = tl.abs(delta) < tl.abs(phi)
+    base = tl.where(is_near, 1.0 + delta / phi, phi + delta)
+    theta = signed_power(base, alpha, PRECISE) * tl.where(is_near, kept, 1.0)
+    return tl.where(delta == 0.0, kept, theta)
+
+
+@triton.jit
+def _multiplied(weight, u, factor, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
+    """θ' = keep·θ·Ψ(1 + r); see Note [A step on θ alone, on a GPU]."""
+    DTYPE: tl.constexpr = weight.dtype
+    scaled = u * constant(own, rows, OF_RATE, DTYPE)
+    r = scaled / factor if CHAIN else scaled * factor
+    # θ = 0 is multiplied by anything finite; what is not finite must show.
+    r = tl.where(weight == 0.0, 0.0 * u, tl.where(weight < 0.0, -r, r))
+    kept = constant(own, rows, OF_KEEP, DTYPE) * weight
+    x = constant(own, rows, OF_TERMS + TERM_COUNT - 1, DTYPE) * r
+    for i in tl.static_range(2, TERM_COUNT + 1):
+        x = (x + constant(own, rows, OF_TERMS + TERM_COUNT - i, DTYPE)) * r
+    # Near, the sign of θ stays; written back, for the sum makes +0 of −0.
+    moved = with_sign(tl.abs(kept + kept * x), weight)
+    is_far = (tl.abs(r) <= constant(own, rows, OF_NEAR, DTYPE)) == 0  # NaN is
+    if tl.max(is_far.to(tl.int32)) != 0:
+        moved = tl.where(is_far, _far(weight, u, own, rows, CHAIN, PRECISE), moved)
+    return moved
+
+
+@triton.jit
+def _moved(weight, u, factor, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
+    """The weight after the direction ``u``."""
+    DTYPE: tl.constexpr = weight.dtype
+    if tl.load(own + OF_PLAIN * rows) != 0.0:
+        keep, lr = constant(own, rows, OF_KEEP, DTYPE), constant(own, rows, OF_LR, DTYPE)
+        moved = keep * weight - lr * u
+    elif DTYPE == tl.float64:
+        moved = _far(weight, u, own, rows, CHAIN, PRECISE)
+    else:
+        moved = _multiplied(weight, u, factor, own, rows, CHAIN, PRECISE)
+    return moved
+
+
+# ---- optimizers: from gradient and states to a direction
+
+
+@triton.jit
+def _momentum(grad, buffer, table, NESTEROV: tl.constexpr):
+    """Direction and new buffer."""
+    momentum = number_in(table + IN_HEAD_MOMENTUM).to(grad.dtype)
+    buffer = grad * number_in(table + IN_HEAD_UNDAMPED).to(grad.dtype) + buffer * momentum
+    if NESTEROV:
+        return buffer * momentum + grad, buffer
+    else:
+        return buffer, buffer
+
+
+@triton.jit
+def _moments(grad, first, second, table):
+    """Adam's two moments."""
+    DTYPE: tl.constexpr = grad.dtype
+    first = first + number_in(table + IN_HEAD_REST1).to(DTYPE) * (grad - first)
+    squares = second * number_in(table + IN_HEAD_BETA2).to(DTYPE)
+    return first, squares + number_in(table + IN_HEAD_REST2).to(DTYPE) * (grad * grad)
+
+
+@triton.jit
+def _adam_direction(first, second, table, own, rows):
+    DTYPE: tl.constexpr = first.dtype
+    # The plain sqrt takes subnormal float32 for 0.
+    root = tl.sqrt(second) if DTYPE == tl.float64 else tl.sqrt_rn(second)
+    eps = number_in(table + IN_HEAD_EPS).to(DTYPE)
+    return first / (root * constant(own, rows, OF_ROOT2, DTYPE) + eps)
+
+
+# ---- the pass: load, point, store
+
+
+@triton.jit
+def _row_of(firsts, block, rows, LANES: tl.constexpr):
+    """The row of a group that ``block`` belongs to: the last that begins at or before it.
+
+    ``firsts`` points at the rows' first blocks. All are looked at, LANES at a time: for a model's
+    hundred weights that is one access, where a binary search takes seven, one after the other.
+    """
+    found = tl.zeros([LANES], tl.int32)
+    for begin in range(0, rows, LANES):
+        lanes = begin + tl.arange(0, LANES)
+        first = tl.load(firsts + lanes, mask=lanes < rows, other=block + 1)
+        found += (first <= block).to(tl.int32)
+    return tl.sum(found) - 1
+
+
+@triton.jit
+def _memory(row, all_rows, COLUMN: tl.constexpr, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Element ``start`` of the tensor whose address stands in COLUMN."""
+    memory = tl.load(row + COLUMN * all_rows).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        memory = tl.multiple_of(memory, 16)
+    return memory + start
+
+
+# Only the last block has a mask: one of unknown length would narrow every access to one element.
+
+
+@triton.jit
+def _load(memory, tile, left, BLOCK: tl.constexpr):
+    if left >= BLOCK:
+        block = tl.load(memory + tile)
+    else:
+        block = tl.load(memory + tile, mask=tile < left, other=0.0)
+    return block
+
+
+@triton.jit
+def _store(memory, values, tile, left, BLOCK: tl.constexpr):
+    """Writes values, which are of the memory's type."""
+    if left >= BLOCK:
+        tl.store(memory + tile, values)
+    else:
+        tl.store(memory + tile, values, mask=tile < left)
+
+
+@triton.jit
+def _free(row, all_rows, start, left, BLOCK: tl.constexpr):
+    """Whether the elements may move, [BLOCK/8, 8]; true where the weight has no mask."""
+    address = tl.load(row + COLUMN_MASK * all_rows)
+    words = address.to(tl.pointer_type(tl.uint8)) + start // 8
+    offsets = tl.arange(0, BLOCK // 8)
+    there = (address != 0) & (offsets * 8 < left)
+    word = tl.load(words + offsets, mask=there, other=255).to(tl.int32)
+    return ((word[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _step_block(
+    table,
+    row,
+    all_rows,
+    own,
+    block,
+    WEIGHT: tl.constexpr,
+    STATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ADAM: tl.constexpr,
+    STATES: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    CHAIN: tl.constexpr,
+    DECAY_OF_PHI: tl.constexpr,
+    MASTERS: tl.constexpr,
+    MASKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Steps one block of one weight: the tile [BLOCK/8, 8] of elements, a row for each mask byte.
+
+    Selected and stored are the numbers in the types they have in memory, so that what is frozen
+    keeps its bits, whatever they are.
+    """
+    COMPUTE: tl.constexpr = tl.float64 if WEIGHT == tl.float64 else tl.float32
+    PRECISE: tl.constexpr = STATE.primitive_bitwidth > 16
+    tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    start = (block - tl.load(row + COLUMN_FIRST_BLOCK * all_rows)) * BLOCK
+    left = tl.minimum(tl.load(row + COLUMN_NUMEL * all_rows) - start, BLOCK).to(tl.int32)
+
+    weights = _memory(row, all_rows, COLUMN_WEIGHT, start, WEIGHT, ALIGNED)
+    stored = _load(weights, tile, left, BLOCK)
+    weight = stored.to(COMPUTE)
+    if MASTERS:
+        masters = _memory(row, all_rows, COLUMN_MASTER, start, tl.float32, ALIGNED)
+        master = _load(masters, tile, left, BLOCK)
+        # Where a weight is not its copy rounded, somebody has overwritten it, and it counts.
+        weight = tl.where(master.to(WEIGHT).to(COMPUTE) == weight, master, weight)
+    grads = _memory(row, all_rows, COLUMN_GRAD, start, WEIGHT, ALIGNED)
+    grad = _load(grads, tile, left, BLOCK).to(COMPUTE)
+    if STATES > 0:
+        states0 = _memory(row, all_rows, COLUMN_STATE, start, STATE, ALIGNED)
+        before0 = _load(states0, tile, left, BLOCK)
+    if STATES > 1:
+        states1 = _memory(row, all_rows, COLUMN_STATE + 1, start, STATE, ALIGNED)
+        before1 = _load(states1, tile, left, BLOCK)
+    if STATES > 2:
+        states2 = _memory(row, all_rows, COLUMN_STATE + 2, start, STATE, ALIGNED)
+        before2 = _load(states2, tile, left, BLOCK)
+
+    grad = grad * constant(own, all_rows, OF_GRAD_FACTOR, COMPUTE)
+    # Under the chain rule, λφ joins the gradient of φ.
+    if not (CHAIN and DECAY_OF_PHI):
+        grad = _decayed(grad, weight, own, all_rows, PRECISE)
+    factor = _factor(weight, own, all_rows, PRECISE)
+    if CHAIN:
+        if tl.load(own + OF_PLAIN * all_rows) == 0.0:
+            alpha = constant(own, all_rows, OF_ALPHA, COMPUTE)
+            # Not by 1/|φ|, which overflows where θ is subnormal.
+            grad = grad * tl.where(weight == 0.0, 0.0, alpha * (tl.abs(weight) / factor))
+        if DECAY_OF_PHI:
+            grad = _decayed(grad, weight, own, all_rows, PRECISE)
+
+    u = grad
+    if ADAM:
+        state0, state1 = _moments(grad, before0.to(COMPUTE), before1.to(COMPUTE), table)
+        largest = state1
+        if STATES > 2:
+            largest = before2.to(COMPUTE)
+            # A NaN must show, whichever of the two it is in.
+            largest = tl.where((state1 <= largest) | (largest != largest), largest, state1)
+        u = _adam_direction(state0, largest, table, own, all_rows)
+    elif STATES > 0:
+        u, state0 = _momentum(grad, before0.to(COMPUTE), table, NESTEROV)
+    moved = _moved(weight, u, factor, own, all_rows, CHAIN, PRECISE)
+
+    shown = moved.to(WEIGHT)
+    if MASKS:
+        free = _free(row, all_rows, start, left, BLOCK)
+        shown = tl.where(free, shown, stored)
+        moved = tl.where(free, moved, weight)
+    _store(weights, shown, tile, left, BLOCK)
+    if MASTERS:
+        _store(masters, moved, tile, left, BLOCK)
+    if STATES > 0:
+        after0 = state0.to(STATE)
+        if MASKS:
+            after0 = tl.where(free, after0, before0)
+        _store(states0, after0, tile, left, BLOCK)
+    if STATES > 1:
+        after1 = state1.to(STATE)
+        if MASKS:
+            after1 = tl.where(free, after1, before1)
+        _store(states1, after1, tile, left, BLOCK)
+    if STATES > 2:
+        after2 = largest.to(STATE)
+        if MASKS:
+            after2 = tl.where(free, after2, before2)
+        _store(states2, after2, tile, left, BLOCK)
+
+
+@triton.jit(do_not_specialize=["begin", "rows", "all_rows"])
+def step_kernel(
+    table,
+    constants,
+    begin,
+    rows,
+    all_rows,
+    WEIGHT: tl.constexpr,
+    STATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ADAM: tl.constexpr,
+    STATES: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    CHAIN: tl.constexpr,
+    DECAY_OF_PHI: tl.constexpr,
+    MASTERS: tl.constexpr,
+    MASKS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One step of the weights in rows ``begin`` to ``begin + rows − 1`` of ``all_rows``.
+
+    WEIGHT is the type of weights and gradients, STATE that of their STATES states; with MASTERS
+    each weight has a float32 copy, with MASKS some have masks. ALIGNED: all addresses but those of
+    masks are multiples of 16.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    first = table + HEAD_SIZE + begin
+    at = begin + _row_of(first + COLUMN_FIRST_BLOCK * all_rows, block, rows, LANES)
+    own = constants + at
+    if tl.load(own + OF_GOES * all_rows) != 0.0:
+        _step_block(
+            table,
+            table + HEAD_SIZE + at,
+            all_rows,
+            own,
+            block,
+            WEIGHT,
+            STATE,
+            ALIGNED,
+            ADAM,
+            STATES,
+            NESTEROV,
+            CHAIN,
+            DECAY_OF_PHI,
+            MASTERS,
+            MASKS,
+            BLOCK,
+        )
+
+
+# ---- launchers
+
+Tensors = Sequence[Tensor]
+
+
+def sgd_step_(
+    weights: Tensors,
+    grads: Tensors,
+    momentum_buffers: Tensors,
+    masters: Tensors,
+    masks: Tensors,
+    alphas: Tensors,
+    holds_phi: Sequence[int],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    *words: Any,
+) -> None:
+    """One step of SGD in place; ``words`` are the schema's last seven arguments."""
+    op = "sgd_step_"
+    states = {"momentum_buffers": momentum_buffers} if momentum_buffers else {}
+    lists = Lists(op, weights, grads, states, masters, masks, alphas, holds_phi)
+    options = {"lr": lr, "momentum": momentum, "undamped": 1 - dampening}
+    _step(lists, options, *words, ADAM=False, NESTEROV=bool(nesterov))
+
+
+def adam_step_(
+    weights: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    max_exp_avg_sqs: Tensors,
+    steps: Tensors,
+    masters: Tensors,
+    masks: Tensors,
+    alphas: Tensors,
+    holds_phi: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    *words: Any,
+) -> None:
+    """One step of Adam in place; ``words`` are the schema's last seven arguments.
+
+    Steps on the CPU are counted there. Whether they may be is then asked of ``found_inf`` first,
+    and if that is on the GPU, the answer is waited for.
+    """
+    op = "adam_step_"
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if max_exp_avg_sqs:
+        states["max_exp_avg_sqs"] = max_exp_avg_sqs
+    lists = Lists(op, weights, grads, states, masters, masks, alphas, holds_phi, steps)
+    options = {"lr": lr, "rest1": 1 - beta1, "beta2": beta2, "rest2": 1 - beta2, "eps": eps}
+    options["beta1_halvings"] = -math.log2(beta1) if beta1 > 0 else math.inf
+    options["beta2_halvings"] = -math.log2(beta2) if beta2 > 0 else math.inf
+    _step(lists, options, *words, ADAM=True, NESTEROV=False)
+
+
+def _step(
+    lists: Lists,
+    options: dict[str, float],
+    weight_decay: float,
+    decay: str,
+    decay_of: str,
+    rule: str,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **variant: bool,
+) -> None:
+    if not lists.weights:
+        return
+    device = lists.weights[0].device
+    table = table_of(lists)
+    for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if number is not None:
+            check_number(lists.op, name, number, device)
+    if found_inf is not None and _is_asked_here(found_inf, lists, device):
+        if found_inf.item() != 0:
+            return
+        found_inf = None
+    is_decoupled = decay == "decoupled"
+    options["kept"] = 1 - options["lr"] * weight_decay if is_decoupled else 1.0
+    options["decay_rate"] = 0.0 if is_decoupled else weight_decay
+    options["grad_factor"] = -1.0 if maximize else 1.0
+    if grad_scale is not None and not lies_on(grad_scale, device):
+        options["grad_factor"] /= grad_scale.item()
+        grad_scale = None
+    head = {name: bits(value) for name, value in options.items()}
+    head["grad_scale"] = 0 if grad_scale is None else grad_scale.data_ptr()
+    head["found_inf"] = 0 if found_inf is None else found_inf.data_ptr()
+    if variant["ADAM"]:
+        count_steps(lists, table)
+    variant |= {"CHAIN": rule == "chain", "DECAY_OF_PHI": decay_of == "phi"}
+    # A kernel goes to the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(lists.weights[0]):
+        _launch(table, table.on_device(head, device), len(lists.states), **variant)
+    table.write_back()
+
+
+def _is_asked_here(found_inf: Tensor, lists: Lists, device: torch.device) -> bool:
+    """Whether the host must know if there was an overflow: to count steps that are on the CPU."""
+    on_device = (lies_on(number, device) for number in (found_inf, *lists.steps))
+    return not all(on_device)
+
+
+def _launch(table: Table, on_device: Tensor, states: int, **variant: bool) -> None:
+    rows = len(table.rows)
+    constants = on_device.new_empty((CONSTANTS, rows), dtype=torch.float64)
+    prepared = {name: variant[name] for name in ("ADAM", "CHAIN", "DECAY_OF_PHI")}
+    grid = (triton.cdiv(rows, PREPARED),)
+    prepare_kernel[grid](on_device, constants, rows, **prepared, LANES=PREPARED, num_warps=1)
+    for group in table.groups:
+        if group.blocks == 0:
+            continue
+        step_kernel[(group.blocks,)](
+            on_device,
+            constants,
+            group.begin,
+            group.rows,
+            rows,
+            WEIGHT=_TYPES[group.weight_dtype],
+            STATE=_TYPES[group.state_dtype],
+            ALIGNED=group.is_aligned,
+            STATES=states,
+            MASTERS=group.has_masters,
+            MASKS=group.has_masks,
+            LANES=_SEARCHED,
+            BLOCK=block_of(group.weight_dtype),
+            num_warps=_WARPS,
+            **variant,
+        )
+
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
