@@ -234,6 +234,11 @@ class Multiplied {
     const double rest = fabs(coefficient * (motion.alpha - kTerms) / (kTerms + 1));
     const double near = rest == 0 ? 1 : pow(0x1p-27 / rest, 1.0 / (kTerms + 1));
     near_ = (i32v)bits(splat((float)(near > 1 ? 1 : near)));
+    if (motion.alpha > Power::kLargestExponent) {
+      // Terms may overflow, so no step is near: each takes the other path, −1 being below all sizes.
+      for (f32v& term : terms_) term = splat(0.0f);
+      near_ = i32v{} - 1;
+    }
   }
 
   template <class V>
