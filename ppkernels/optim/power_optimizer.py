@@ -158,7 +158,7 @@ class PowerOptimizer(Optimizer):
         return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
     def masters(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """The float32 master copies of ``params``, made where they are missing."""
+        """The float32 master copies of ``params``; where one is made, states become float32 too."""
         if not group["master_weights"]:
             return []
         masters = []
@@ -168,6 +168,10 @@ class PowerOptimizer(Optimizer):
                 continue
             state = self.state[parameter]
             if "master" not in state:
+                for name, value in state.items():
+                    # From a time without the copy.
+                    if isinstance(value, Tensor) and value.dtype == parameter.dtype:
+                        state[name] = value.to(torch.float32)
                 state["master"] = parameter.detach().to(torch.float32)
             masters.append(state["master"])
         return masters
@@ -213,6 +217,11 @@ class PowerOptimizer(Optimizer):
                 is_wide = isinstance(value, Tensor) and value.dtype == torch.float32
                 if is_wide and name != "step" and parameter.dtype in _HALF:
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
+            if "step" in (state := self.state.get(parameter, {})):
+                # torch counts in the default dtype, on the CPU if it pleases; once in numbers.
+                state["step"] = torch.as_tensor(
+                    state["step"], dtype=torch.float32, device=parameter.device
+                ).reshape(())
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -125,8 +125,9 @@ class PowerSGD(PowerOptimizer):
         self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: Scaling
     ) -> None:
         """Take the fused step for the parameters of ``batch``."""
+        masters = self.masters(group, batch.params)
         if group["momentum"] == 0:
-            self._fused(group, batch, grads, [], group["dampening"], scaling)
+            self._fused(group, batch, grads, [], masters, group["dampening"], scaling)
             return
         state = self.state
         fresh = [p for p in batch.params if state[p].get("momentum_buffer") is None]
@@ -135,7 +136,7 @@ class PowerSGD(PowerOptimizer):
         buffers = [state[parameter]["momentum_buffer"] for parameter in batch.params]
         # The first gradient is taken whole, as torch.optim.SGD does.
         if not fresh or group["dampening"] == 0:
-            self._fused(group, batch, grads, buffers, group["dampening"], scaling)
+            self._fused(group, batch, grads, buffers, masters, group["dampening"], scaling)
             return
         is_fresh = {id(parameter) for parameter in fresh}
         for first, dampening in ((True, 0.0), (False, group["dampening"])):
@@ -146,6 +147,7 @@ class PowerSGD(PowerOptimizer):
                     batch.only(chosen),
                     [grads[i] for i in chosen],
                     [buffers[i] for i in chosen],
+                    [masters[i] for i in chosen] if masters else [],
                     dampening,
                     scaling,
                 )
@@ -156,6 +158,7 @@ class PowerSGD(PowerOptimizer):
         batch: Batch,
         grads: list[Tensor],
         buffers: list[Tensor],
+        masters: list[Tensor],
         dampening: float,
         scaling: Scaling,
     ) -> None:
@@ -163,7 +166,7 @@ class PowerSGD(PowerOptimizer):
             batch.params,
             grads,
             buffers,
-            masters=self.masters(group, batch.params),
+            masters=masters,
             masks=batch.masks,
             alphas=batch.alphas,
             holds_phi=batch.holds_phi,
