@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -14,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ppkernels import _powered
-from ppkernels._checks import alpha_tensor, check_alpha
+from ppkernels._checks import alpha_tensor, check_alpha, check_floating
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Rule = Literal["virtual", "chain"]
@@ -126,7 +127,7 @@ class PowerOptimizer(Optimizer):
     ) -> None:
         """Raise unless ``value`` is a finite number in [at_least, below)."""
         optimizer = type(self).__name__
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
         # A scheduler may want the learning rate as a tensor.
         is_lr_tensor = name == "lr" and isinstance(value, Tensor) and value.numel() == 1
         if not is_number and not is_lr_tensor:
@@ -281,6 +282,7 @@ class PowerOptimizer(Optimizer):
         generation = _powered.generation()
         alphas, masks, holds_phi = [], [], []
         for parameter in params:
+            check_floating(type(self).__name__, "parameters", parameter)
             layers = _powered.layers_of(parameter)
             theta_layer = _powered.theta_layer(parameter)
             if theta_layer is not None:
