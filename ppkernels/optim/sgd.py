@@ -131,6 +131,8 @@ class PowerSGD(PowerOptimizer):
             return
         state = self.state
         fresh = [p for p in batch.params if state[p].get("momentum_buffer") is None]
+        if fresh and group["dampening"] != 0 and scaling[1] is not None and scaling[1].item() != 0:
+            return  # a step that is left out is not the first one
         for parameter in fresh:
             state[parameter]["momentum_buffer"] = self.zero_state(parameter, group)
         buffers = [state[parameter]["momentum_buffer"] for parameter in batch.params]
