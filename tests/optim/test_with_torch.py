@@ -1,4 +1,5 @@
 """The optimizers among what PyTorch has around an optimizer: schedulers, loss scaling, averages."""
+# Longer than 350 lines: many short tests of one subject, which all train one network.
 
 from __future__ import annotations
 
@@ -372,7 +373,7 @@ def test_autocast(kind: str) -> None:
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)], ids=["swa", "ema"])
 @each_kind
 def test_averaged_models(kind: str, average: Any) -> None:
-    """The average is one of θ, has the exponents and masks, and no optimizer steps it."""
+    """The average is one of θ; exponents and masks are the model's."""
     model = network()
     optimizer = optimizer_of(kind, model)
     averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
