@@ -170,7 +170,6 @@ class PowerOptimizer(Optimizer):
             state = self.state[parameter]
             if "master" not in state:
                 for name, value in state.items():
-                    # From a time without the copy.
                     if isinstance(value, Tensor) and value.dtype == parameter.dtype:
                         state[name] = value.to(torch.float32)
                 state["master"] = parameter.detach().to(torch.float32)
@@ -220,9 +219,8 @@ class PowerOptimizer(Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
             if "step" in (state := self.state.get(parameter, {})):
                 # torch counts in the default dtype, on the CPU if it pleases; once in numbers.
-                state["step"] = torch.as_tensor(
-                    state["step"], dtype=torch.float32, device=parameter.device
-                ).reshape(())
+                step = torch.as_tensor(state["step"], dtype=torch.float32)
+                state["step"] = step.to(parameter.device).reshape(())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -296,7 +294,7 @@ class PowerOptimizer(Optimizer):
             is_phi = theta_layer is None and bool(layers)
             alphas.append(alpha)
             holds_phi.append(int(is_phi))
-            masks.append(_update_words(layers, parameter))
+            masks.append(_update_words(type(self).__name__, parameter))
         if all(words is _NO_WORDS for words in masks):
             masks = []
         return Batch(params, alphas, masks, holds_phi, generation, group_alpha)
@@ -323,13 +321,18 @@ class PowerOptimizer(Optimizer):
             )
 
 
-def _update_words(layers: list[_powered.PoweredLayer], parameter: Tensor) -> Tensor:
+def _update_words(optimizer: str, parameter: Tensor) -> Tensor:
     """The words of the update mask of a weight, or none."""
-    for layer in layers:
-        # Where torch.nn.utils has replaced the weight, the mask is not one of the parameter.
-        if layer.update_mask is not None and _powered.weight_parameter(layer) is parameter:
-            return layer.update_mask.words
-    return _NO_WORDS
+    layer = _powered.freezing_layer(parameter)
+    if layer is None or layer.update_mask is None:
+        return _NO_WORDS
+    if _powered.weight_parameter(layer) is not parameter:
+        raise RuntimeError(
+            f"{optimizer}: {layer} has an update_mask, but its weight is no longer a Parameter of "
+            "its own (torch.nn.utils.prune, parametrize or weight_norm has replaced it), so no "
+            "entry of it can be frozen; undo that, or set the layer's update_mask to None"
+        )
+    return layer.update_mask.words
 
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import ppkernels as pp
 
@@ -272,3 +274,18 @@ def test_a_mask_on_one_of_two_tied_layers_freezes() -> None:
     optimizer, gradients = pp.optim.PowerSGD(model, 0.1, momentum=0.9), Gradients(model)
     take_steps(optimizer, gradients, 1)
     check_frozen(second, optimizer, gradients, 20)
+
+
+@pytest.mark.parametrize("replace", [prune.identity, lambda *names: weight_norm(names[0])])
+def test_entries_of_a_replaced_weight_cannot_be_frozen(replace: Any) -> None:
+    layer = pp.nn.PowerLinear(7, 7, alpha=2.0, stores="phi")
+    layer.update_mask = random_mask(layer)
+    replace(layer, "weight")
+    optimizer, gradients = pp.optim.PowerSGD(layer, 0.1), Gradients(layer)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    with pytest.raises(RuntimeError, match=r"(?s)^PowerSGD: .* has an update_mask, but its weight"):
+        take_steps(optimizer, gradients, 1)
+    assert all(map(torch.equal, layer.parameters(), before))
+    layer.update_mask = None
+    take_steps(optimizer, gradients, 1)
+    assert not any(map(torch.equal, layer.parameters(), before))
