@@ -133,12 +133,31 @@ class CoupledDecayLanes {
 
 // ---- forms: what the stored weight is, and how a direction moves it
 
+// What decoupled decay leaves of a weight. A factor close to 1, rounded, would be off by the same
+// in every step; as the little that it takes away it is exact enough.
+class Kept {
+ public:
+  explicit Kept(double factor)
+      : is_one_(factor == 1), is_close_(factor > 0.5),
+        factor_(splat((float)(is_close_ ? factor - 1 : factor))) {}
+
+  template <class V>
+  PPKERNELS_INLINE V of(const V& x) const {
+    if (is_one_) return x;
+    return is_close_ ? fma(x, factor_, x) : x * factor_;
+  }
+
+ private:
+  bool is_one_, is_close_;
+  f32v factor_;
+};
+
 // θ' where r is not small: r and the power of 1 + r to the last bit.
 class Far {
  public:
   explicit Far(const Motion& motion)
       : motion_(motion), factor_(exponent(motion), rate(motion)), power_(motion.alpha, 1),
-        keep_((float)motion.keep_theta),
+        keep_(motion.keep_theta),
         // Beyond, a power may overflow that the product with θ brings back.
         largest_(motion.alpha <= Power::kLargestExponent ? (float)exp2(126 / motion.alpha)
                                                          : -1.0f) {}
@@ -147,7 +166,7 @@ class Far {
     // At θ = 0, and where θ has no power, this is noise.
     const f32v base = 1.0f - times_sign(u * factor_(abs(theta)), theta);
     const f32v a = abs(base);
-    f32v result = theta * keep_ * with_sign(is_special(a) ? a : power_(a), base);
+    f32v result = keep_.of(theta) * with_sign(is_special(a) ? a : power_(a), base);
     for (int i = 0; i < kLanes; ++i) {
       if (!(a[i] <= largest_) || theta[i] == 0) result[i] = (float)motion_(theta[i], u[i]);
     }
@@ -165,7 +184,8 @@ class Far {
  private:
   Motion motion_;
   Power factor_, power_;
-  float keep_, largest_;
+  Kept keep_;
+  float largest_;
 };
 
 // A product with a number that is mostly 1; the branch is cheaper than the multiplication.
@@ -201,11 +221,11 @@ class Plain {
 
   template <class V>
   PPKERNELS_INLINE V moved(const Point<V>&, const V& weight, const V& u) const {
-    return fma(u, rate_, keep_.times(weight));
+    return fma(u, rate_, keep_.of(weight));
   }
 
  private:
-  Scale keep_;
+  Kept keep_;
   f32v rate_;
 };
 
@@ -232,7 +252,7 @@ class Multiplied {
     x = fma(x, r, terms_[2]);
     x = fma(x, r, terms_[1]);
     x = fma(x, r, terms_[0]) * r;
-    const V kept = keep_.times(theta);
+    const V kept = keep_.of(theta);
     // Near, the sign of θ stays; written back, for the sum makes +0 of −0.
     const V result = from_bits(bits(fma(kept, x, kept)) | (bits(theta) & kSignBit));
     // Sizes compared as integers, which puts NaN above them all.
@@ -261,7 +281,7 @@ class Multiplied {
   const Far* far_;
   f32v terms_[kTerms];
   i32v near_;
-  Scale keep_;
+  Kept keep_;
 };
 
 // The virtual rule on θ.

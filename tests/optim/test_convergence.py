@@ -211,12 +211,20 @@ def powered(turn: int, stores: str = "theta", dtype: torch.dtype = torch.float32
     return model
 
 
+@pytest.mark.skipif(
+    pp.cpu_capability() == "reference",
+    reason="in float32 the reference rounds the factor by which a weight moves",
+)
 @pytest.mark.parametrize(("turn", "name", "rule", "decay"), CASES, ids=case_name)
 def test_float32_follows_float64(turn: int, name: str, rule: str, decay: dict[str, Any]) -> None:
     model = powered(turn)
     exact = train_written(model, name, rule, decay)
     train(model, power_optimizer(model, name, rule=rule, **decay))
-    assert distance(flat(model), exact) <= 10 * plain_distance(name, decay.get("decay", ""))
+    error = distance(flat(model), exact)
+    assert error <= 10 * plain_distance(name, decay.get("decay", ""))
+    if decay.get("decay") == "decoupled":
+        # torch multiplies by a rounded 1 − lr·λ, which is off by the same in each step.
+        assert error <= 5 * plain_distance(name, "")
 
 
 # ---- a stored φ under the chain rule is the same training
