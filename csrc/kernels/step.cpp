@@ -133,17 +133,36 @@ class CoupledDecayLanes {
 
 // ---- forms: what the stored weight is, and how a direction moves it
 
+// What decoupled decay leaves of a weight. A factor close to 1, rounded, would be off by the same
+// in every step; as the little that it takes away it is exact enough.
+class Kept {
+ public:
+  explicit Kept(double factor)
+      : is_one_(factor == 1), is_close_(factor > 0.5),
+        factor_(splat((float)(is_close_ ? factor - 1 : factor))) {}
+
+  template <class V>
+  PPKERNELS_INLINE V of(const V& x) const {
+    if (is_one_) return x;
+    return is_close_ ? fma(x, factor_, x) : x * factor_;
+  }
+
+ private:
+  bool is_one_, is_close_;
+  f32v factor_;
+};
+
 // θ' where r is not small: r and the power of 1 + r to the last bit.
 class Far {
  public:
-  explicit Far(const Motion& motion) : motion_(motion) {}
+  explicit Far(const Motion& motion) : motion_(motion), keep_(motion.keep_theta) {}
 
   __attribute__((noinline, cold)) f32v operator()(f32v theta, f32v u) {
     if (!is_ready_) prepare();
     // At θ = 0, and where θ has no power, this is noise.
     const f32v base = 1.0f - times_sign(u * factor_(abs(theta)), theta);
     const f32v a = abs(base);
-    f32v result = theta * keep_ * with_sign(is_special(a) ? a : power_(a), base);
+    f32v result = keep_.of(theta) * with_sign(is_special(a) ? a : power_(a), base);
     const i32v is_regular = (a <= splat(largest_)) & (theta != splat(0.0f));
     return any(~is_regular) ? one_by_one(theta, u, is_regular, result) : result;
   }
@@ -169,7 +188,6 @@ class Far {
     is_ready_ = true;
     factor_ = Power(exponent(motion_), rate(motion_));
     power_ = Power(motion_.alpha, 1);
-    keep_ = (float)motion_.keep_theta;
     // Beyond, a power may overflow that the product with θ brings back.
     largest_ = motion_.alpha <= Power::kLargestExponent ? (float)exp2(126 / motion_.alpha) : -1.0f;
   }
@@ -177,7 +195,8 @@ class Far {
   Motion motion_;
   bool is_ready_ = false;
   Power factor_, power_;
-  float keep_ = 1, largest_ = -1;
+  Kept keep_;
+  float largest_ = -1;
 };
 
 // A product with a number that is mostly 1; the branch is cheaper than the multiplication.
@@ -212,11 +231,11 @@ class Plain {
 
   template <class V>
   PPKERNELS_INLINE V moved(const Point<V>&, const V& weight, const V& u) const {
-    return fma(u, rate_, keep_.times(weight));
+    return fma(u, rate_, keep_.of(weight));
   }
 
  private:
-  Scale keep_;
+  Kept keep_;
   f32v rate_;
 };
 
@@ -235,7 +254,8 @@ class Multiplied {
     const double near = rest == 0 ? 1 : pow(0x1p-27 / rest, 1.0 / (kTerms + 1));
     near_ = (i32v)bits(splat((float)(near > 1 ? 1 : near)));
     if (motion.alpha > Power::kLargestExponent) {
-      // Terms may overflow, so no step is near: each takes the other path, −1 being below all sizes.
+      // Terms may overflow, so no step is near: each takes the other path, −1 being below all
+      // sizes.
       for (f32v& term : terms_) term = splat(0.0f);
       near_ = i32v{} - 1;
     }
@@ -248,7 +268,7 @@ class Multiplied {
     x = fma(x, r, terms_[2]);
     x = fma(x, r, terms_[1]);
     x = fma(x, r, terms_[0]) * r;
-    const V kept = keep_.times(theta);
+    const V kept = keep_.of(theta);
     // Near, the sign of θ stays; written back, for the sum makes +0 of −0.
     const V result = from_bits(bits(fma(kept, x, kept)) | (bits(theta) & kSignBit));
     // Sizes compared as integers, which puts NaN above them all.
@@ -277,7 +297,7 @@ class Multiplied {
   Far* far_;
   f32v terms_[kTerms];
   i32v near_;
-  Scale keep_;
+  Kept keep_;
 };
 
 // The virtual rule on θ.

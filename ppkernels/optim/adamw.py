@@ -104,6 +104,7 @@ class PowerAdamW(PowerOptimizer):
         self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: Scaling
     ) -> None:
         """Take the fused step for the parameters of ``batch``."""
+        masters = self.masters(group, batch.params)
         states = [self._state(parameter, group) for parameter in batch.params]
         beta1, beta2 = group["betas"]
         adam_step_(
@@ -113,7 +114,7 @@ class PowerAdamW(PowerOptimizer):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             steps=[state["step"] for state in states],
-            masters=self.masters(group, batch.params),
+            masters=masters,
             masks=batch.masks,
             alphas=batch.alphas,
             holds_phi=batch.holds_phi,

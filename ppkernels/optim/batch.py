@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppkernels import _powered
-from ppkernels._checks import alpha_tensor
+from ppkernels._checks import alpha_tensor, check_floating
 
 # What the fused step takes for "α = 1" and for "no mask".
 _ONE = torch.tensor(1.0, dtype=torch.float64, device="cpu")
@@ -68,6 +68,7 @@ def batch_of(optimizer: str, params: list[Tensor], group_alpha: float | Tensor |
     generation = _powered.generation()
     alphas, masks, holds_phi = [], [], []
     for parameter in params:
+        check_floating(optimizer, "parameters", parameter)
         # Where torch.nn.utils has replaced the weight, the parameter is not what the layer means;
         # one that holds θ is refused there.
         theta_layer = _powered.theta_layer(parameter)
@@ -79,9 +80,8 @@ def batch_of(optimizer: str, params: list[Tensor], group_alpha: float | Tensor |
             alpha = _ONE
         else:
             alpha = alpha_tensor(optimizer, group_alpha, parameter.device)
-        masked = [layer.update_mask for layer in own if layer.update_mask is not None]
         alphas.append(alpha)
-        masks.append(masked[0].words if masked else _NO_WORDS)
+        masks.append(_update_words(optimizer, parameter))
         holds_phi.append(int(bool(layers) and theta_layer is None))
     if all(words is _NO_WORDS for words in masks):
         masks = []
@@ -107,3 +107,17 @@ def check_owners(optimizer: str, parameter: Tensor, group_alpha: float | Tensor 
             f"{optimizer}: {' and '.join(map(str, layers))} share one weight, so their update "
             "masks have to be equal"
         )
+
+
+def _update_words(optimizer: str, parameter: Tensor) -> Tensor:
+    """The words of the update mask of a weight, or none."""
+    layer = _powered.freezing_layer(parameter)
+    if layer is None or layer.update_mask is None:
+        return _NO_WORDS
+    if _powered.weight_parameter(layer) is not parameter:
+        raise RuntimeError(
+            f"{optimizer}: {layer} has an update_mask, but its weight is no longer a Parameter of "
+            "its own (torch.nn.utils.prune, parametrize or weight_norm has replaced it), so no "
+            "entry of it can be frozen; undo that, or set the layer's update_mask to None"
+        )
+    return layer.update_mask.words

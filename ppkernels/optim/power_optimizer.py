@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -82,7 +83,7 @@ class PowerOptimizer(Optimizer):
     ) -> None:
         """Raise unless ``value`` is a finite number in [at_least, below)."""
         optimizer = type(self).__name__
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
         # A scheduler may want the learning rate as a tensor.
         is_lr_tensor = name == "lr" and isinstance(value, Tensor) and value.numel() == 1
         if not is_number and not is_lr_tensor:
@@ -114,7 +115,7 @@ class PowerOptimizer(Optimizer):
         return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
     def masters(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """The float32 master copies of ``params``, made where they are missing."""
+        """The float32 master copies of ``params``; where one is made, states become float32 too."""
         if not group["master_weights"]:
             return []
         masters = []
@@ -124,6 +125,9 @@ class PowerOptimizer(Optimizer):
                 continue
             state = self.state[parameter]
             if "master" not in state:
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.dtype == parameter.dtype:
+                        state[name] = value.to(torch.float32)
                 state["master"] = parameter.detach().to(torch.float32)
             masters.append(state["master"])
         return masters
@@ -174,6 +178,10 @@ class PowerOptimizer(Optimizer):
                 is_wide = isinstance(value, Tensor) and value.dtype == torch.float32
                 if is_wide and name != "step" and parameter.dtype in _HALF:
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
+            if "step" in (state := self.state.get(parameter, {})):
+                # torch counts in the default dtype, on the CPU if it pleases; once in numbers.
+                step = torch.as_tensor(state["step"], dtype=torch.float32)
+                state["step"] = step.to(parameter.device).reshape(())
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -125,20 +125,24 @@ class PowerSGD(PowerOptimizer):
         self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: Scaling
     ) -> None:
         """Take the fused step for the parameters of ``batch``."""
+        masters = self.masters(group, batch.params)
         if group["momentum"] == 0:
-            self._fused(group, batch, grads, [], group["dampening"], scaling)
+            self._fused(group, batch, grads, [], masters, group["dampening"], scaling)
             return
         fresh: list[Tensor] = []
         try:
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in batch.params]
         except KeyError:
             fresh = [p for p in batch.params if "momentum_buffer" not in self.state[p]]
+            is_left_out = scaling[1] is not None and scaling[1].item() != 0
+            if group["dampening"] != 0 and is_left_out:
+                return  # it is not the first step
             for parameter in fresh:
                 self.state[parameter]["momentum_buffer"] = self.zero_state(parameter, group)
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in batch.params]
         # The first gradient is taken whole, as torch.optim.SGD does.
         if not fresh or group["dampening"] == 0:
-            self._fused(group, batch, grads, buffers, group["dampening"], scaling)
+            self._fused(group, batch, grads, buffers, masters, group["dampening"], scaling)
             return
         is_fresh = {id(parameter) for parameter in fresh}
         for first, dampening in ((True, 0.0), (False, group["dampening"])):
@@ -149,6 +153,7 @@ class PowerSGD(PowerOptimizer):
                     batch.only(chosen),
                     [grads[i] for i in chosen],
                     [buffers[i] for i in chosen],
+                    [masters[i] for i in chosen] if masters else [],
                     dampening,
                     scaling,
                 )
@@ -159,6 +164,7 @@ class PowerSGD(PowerOptimizer):
         batch: Batch,
         grads: list[Tensor],
         buffers: list[Tensor],
+        masters: list[Tensor],
         dampening: float,
         scaling: Scaling,
     ) -> None:
@@ -166,7 +172,7 @@ class PowerSGD(PowerOptimizer):
             batch.params,
             grads,
             buffers,
-            masters=self.masters(group, batch.params),
+            masters=masters,
             masks=batch.masks,
             alphas=batch.alphas,
             holds_phi=batch.holds_phi,
