@@ -64,7 +64,12 @@ test-cpp: $(COMPILED)
 	fi
 
 bench: $(COMPILED)
-	$(PY) -m bench $(or $(ARGS),--save)
+ifdef ARGS
+	$(PY) -m bench $(ARGS)
+else
+	$(PY) -m bench --save
+	$(PY) -m bench --memory --save
+endif
 
 # ---- lint
 

@@ -1,5 +1,7 @@
 """``python -m bench [names…] [--threads N] [--quick] [--save]``: measure and print the table.
 
+With ``--memory`` it is the peak memory that is measured, and not the time.
+
 Exit code: 0; 1 where an op was refused because its values are wrong; 2 for wrong arguments. A bar
 that is missed is printed, and does not change the exit code.
 """
@@ -9,11 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from bench import machine, results, table
+from bench import machine, memory, results, table
 from bench.registry import ROWS
 from bench.row import Row
 from bench.timing import idle_load
@@ -38,6 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     parser.add_argument("--quick", action="store_true", help="small sizes; judges no bar")
     parser.add_argument("--save", action="store_true", help="write bench/results/<machine>.json")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     options = parser.parse_args(arguments)
     if options.threads < 1:
@@ -46,17 +50,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--save keeps measurements at full size; leave --quick away")
     if not selected(options.names):
         parser.error(f"no row is named {' or '.join(options.names)}; --list prints the names")
+    if options.memory and not any(row.memory for row in selected(options.names)):
+        parser.error(f"of {' and '.join(options.names)}, memory is measured for no row")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parse(arguments)
-    rows = selected(options.names)
+    rows = [row for row in selected(options.names) if row.memory or not options.memory]
     if options.list:
         print(*(row.name for row in rows), sep="\n")
         return 0
     console = Console() if sys.stdout.isatty() else Console(width=100)
+    failures = results.failing_ops(op for row in rows for op in row.ops)
+    for op, sentence in failures.items():
+        console.print(f"[red]{op} is not timed: its values are wrong.[/red] {sentence}")
+    sound = [row for row in rows if not failures.keys() & set(row.ops)]
+    run = weigh if options.memory else time
+    is_whole, found = run(console, sound, options)
+    if options.save:
+        path = machine.results_path()
+        results.save(path, machine.facts(options.threads), {row.name for row in ROWS}, **found)
+        console.print(f"written: bench/results/{path.name}", highlight=False)
+    return int(bool(failures) or not is_whole)
+
+
+Found = tuple[bool, dict[str, Any]]
+"""Whether every row was measured, and what `results.save` is to write."""
+
+
+def time(console: Console, rows: Sequence[Row], options: argparse.Namespace) -> Found:
+    """Measure and print the roof, the rows, and their bars."""
     load = idle_load()
     if load.is_busy:
         console.print(
@@ -65,29 +90,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             highlight=False,
         )
     budget = QUICK_SECONDS if options.quick else BUDGET_SECONDS
-    facts = machine.facts(options.threads)
     roof = machine.roof(options.threads, budget / 2, options.quick)
-    table.print_machine(console, facts, roof)
-
-    failures = results.failing_ops(op for row in rows for op in row.ops)
-    for op, sentence in failures.items():
-        console.print(f"[red]{op} is not timed: its values are wrong.[/red] {sentence}")
-    has_refused, measured = bool(failures), []
+    table.print_machine(console, machine.facts(options.threads), roof)
+    measured = []
     for row in rows:
-        if failures.keys() & set(row.ops):
-            continue
         try:
             measured.append(results.measure_row(row, options.threads, budget, options.quick))
         except results.WrongValues as error:
             console.print(f"\n[red]not timed:[/red] {error}", highlight=False)
-            has_refused = True
         else:
             table.print_row(console, measured[-1])
     table.print_bars(console, measured)
-    if options.save:
-        results.save(machine.results_path(), facts, roof, measured)
-        console.print(f"written: bench/results/{machine.results_path().name}", highlight=False)
-    return int(has_refused)
+    return len(measured) == len(rows), {"roof": roof, "rows": measured}
+
+
+def weigh(console: Console, rows: Sequence[Row], options: argparse.Namespace) -> Found:
+    """Count and print the peak memory of the rows' contenders."""
+    measured = []
+    for row in rows:
+        measured.append(memory.measure(row, options.threads, options.quick))
+        table.print_memory(console, measured[-1])
+    return True, {"memory": measured}
 
 
 if __name__ == "__main__":

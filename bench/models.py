@@ -1,176 +1,180 @@
-"""The contenders that are layers and models: dense, powered, and powered by hand."""
+"""The networks of the rows, plain, and what makes them powered: by ppkernels, or by hand.
+
+Each network is made once as a plain one. A contender is a copy of it that `dense`, `handwritten` or
+`powered` has prepared, so that all of them start from the same θ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ppkernels as pp
-from bench.row import Build, Call
 
-BATCH = 128
 CLASSES = 10
-LEARNING_RATE = 1e-3
-MOMENTUM = 0.9
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+Prepare = Callable[[nn.Module], nn.Module]
+"""Turns a plain model into a contender, in place, and returns it."""
 
 
 class HandwrittenPowerLinear(nn.Linear):
     """Powerpropagation as published for PyTorch: θ = w·|w|^(α−1) in the forward, by autograd."""
 
-    def __init__(self, in_features: int, out_features: int, alpha: float) -> None:
-        super().__init__(in_features, out_features)
-        self.alpha = alpha
+    alpha: float
 
     def forward(self, input: Tensor) -> Tensor:
         theta = self.weight * self.weight.abs().pow(self.alpha - 1)
         return F.linear(input, theta, self.bias)
 
 
-MakeLayer = Callable[[int, int], nn.Linear]
+class HandwrittenPowerConv2d(nn.Conv2d):
+    """The same for a convolution that pads with zeros."""
+
+    alpha: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        theta = self.weight * self.weight.abs().pow(self.alpha - 1)
+        how = (self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(input, theta, self.bias, *how)
 
 
-def dense(in_features: int, out_features: int) -> nn.Linear:
-    """The layer that every other is compared with."""
-    return nn.Linear(in_features, out_features)
+HANDWRITTEN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: HandwrittenPowerLinear,
+    nn.Conv2d: HandwrittenPowerConv2d,
+}
 
 
-def handwritten(alpha: float) -> MakeLayer:
-    """`HandwrittenPowerLinear` of one α."""
-    return lambda in_features, out_features: HandwrittenPowerLinear(
-        in_features, out_features, alpha
-    )
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a plain model whose weights are powered, by name."""
+    return {name: layer for name, layer in model.named_modules() if type(layer) in HANDWRITTEN}
 
 
-def powered(alpha: float, stores: Literal["theta", "phi"]) -> MakeLayer:
-    """`pp.nn.PowerLinear` of one α and one kind of storage."""
-    return lambda in_features, out_features: pp.nn.PowerLinear(
-        in_features, out_features, alpha=alpha, stores=stores
-    )
+def dense(model: nn.Module) -> nn.Module:
+    """The model that every other is compared with: the plain one."""
+    return model
 
 
-def start_at(layer: nn.Linear, theta: Tensor, bias: Tensor) -> None:
-    """Give ``layer`` the weight θ, whatever it stores, so that all contenders compute the same."""
-    with torch.no_grad():
-        if isinstance(layer, pp.nn.PowerLinear):
-            layer.set_theta(theta)
-        elif isinstance(layer, HandwrittenPowerLinear):
-            layer.weight.copy_(pp.inverse_power(theta, layer.alpha))
-        else:
-            layer.weight.copy_(theta)
-        layer.bias.copy_(bias)
+def handwritten(alpha: float) -> Prepare:
+    """Every layer the handwritten one of the same kind, its weight w such that θ stays."""
+
+    def prepare(model: nn.Module) -> nn.Module:
+        for layer in weight_layers(model).values():
+            layer.__class__ = HANDWRITTEN[type(layer)]
+            layer.alpha = alpha
+            with torch.no_grad():
+                layer.weight.copy_(pp.inverse_power(layer.weight, alpha))
+        return model
+
+    return prepare
 
 
-@dataclass(frozen=True)
-class LayerInputs:
-    """A batch for one layer, the gradient of its output, and the θ and bias to start from."""
+def powered(
+    alpha: float,
+    stores: Literal["theta", "phi"],
+    update_masks: Mapping[str, Tensor] | None = None,
+) -> Prepare:
+    """Every layer powered by `pp.powerize`; frozen where its mask in ``update_masks`` is False."""
 
-    input: Tensor  # [B, N]
-    grad_output: Tensor  # [B, N]
-    theta: Tensor  # [N, N]
-    bias: Tensor  # [N]
+    def prepare(model: nn.Module) -> nn.Module:
+        pp.powerize(model, alpha, stores)
+        for name, is_trained in (update_masks or {}).items():
+            model.get_submodule(name).update_mask = pp.BitMask.pack(is_trained)
+        return model
 
-
-def layer_inputs(size: int) -> LayerInputs:
-    """One layer of ``size`` inputs and outputs at a batch of 64."""
-    generator = torch.Generator().manual_seed(0)
-    return LayerInputs(
-        torch.randn(64, size, generator=generator),
-        torch.randn(64, size, generator=generator),
-        torch.randn(size, size, generator=generator) * size**-0.5,
-        torch.randn(size, generator=generator),
-    )
-
-
-def forward_backward(make: MakeLayer) -> Build:
-    """One forward and one backward of a layer, gradients fresh as after zero_grad()."""
-
-    def build(inputs: LayerInputs) -> Call:
-        size = len(inputs.bias)
-        layer = make(size, size)
-        start_at(layer, inputs.theta, inputs.bias)
-        weight, bias = layer.weight, layer.bias
-
-        def call() -> Tensor:
-            weight.grad = bias.grad = None
-            output = layer(inputs.input)
-            output.backward(inputs.grad_output)
-            return output
-
-        return call
-
-    return build
+    return prepare
 
 
 @dataclass(frozen=True)
-class TrainingInputs:
-    """One batch, and the θ and biases of the network to start from."""
+class Network:
+    """A network at any size N, of which it says what N counts.
 
-    input: Tensor  # [B, N]
-    target: Tensor  # [B]
-    thetas: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-
-
-def training_inputs(size: int) -> TrainingInputs:
-    """Three hidden layers of ``size`` and a head of 10 classes, at a batch of 128."""
-    generator = torch.Generator().manual_seed(0)
-    widths = (size, size, size, CLASSES)
-    return TrainingInputs(
-        torch.randn(BATCH, size, generator=generator),
-        torch.randint(CLASSES, (BATCH,), generator=generator),
-        tuple(torch.randn(w, size, generator=generator) * (2 / size) ** 0.5 for w in widths),
-        tuple(torch.zeros(w) for w in widths),
-    )
-
-
-def training_flops(size: int) -> int:
-    """2·B operations a weight in the forward, twice that in the backward.
-
-    The first layer's input needs no gradient: its backward counts once.
+    Attributes:
+        name: as in the rows' names.
+        plain: makes it from N, in torch's own layers, with their own initial values.
+        input_shape: of one input, from N.
+        unit: what N counts.
+        size, quick_size: N of the rows, and of a quick run.
     """
-    weights = 3 * size * size + CLASSES * size
-    return BATCH * (6 * weights - 2 * size * size)
+
+    name: str
+    plain: Callable[[int], nn.Module]
+    input_shape: Callable[[int], tuple[int, ...]]
+    unit: str
+    size: int
+    quick_size: int
+
+    def flops(self, batch: int, size: int) -> int:
+        """Operations of the matrix products and convolutions in one forward and backward."""
+        return _flops(self, batch, size)
+
+    def mask_bytes(self, size: int) -> int:
+        """One bit for each weight that is powered, whole bytes for each layer."""
+        with torch.device("meta"):
+            layers = weight_layers(self.plain(size)).values()
+        return sum(math.ceil(layer.weight.numel() / 8) for layer in layers)
 
 
-def fused_sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """torch's own SGD with momentum, fused."""
-    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=True)
+@cache
+def _flops(network: Network, batch: int, size: int) -> int:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network.plain(size)(torch.empty(batch, *network.input_shape(size))).sum().backward()
+    return counter.get_total_flops()
 
 
-def power_sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """The powered SGD with momentum, for layers that store θ."""
-    return pp.optim.PowerSGD(model, lr=LEARNING_RATE, momentum=MOMENTUM)
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers from each width to the next, and to the classes, with ReLU between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths, (*widths[1:], CLASSES), strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
-def training_step(
-    make: MakeLayer, make_optimizer: MakeOptimizer, is_compiled: bool = False
-) -> Build:
-    """One step of training: zero_grad, forward, cross-entropy, backward, optimizer step."""
+def cnn(side: int) -> nn.Sequential:
+    """Three 3x3 convolutions, each halving the picture's side, then 256 features and the head."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), *mlp(64 * (side // 8) ** 2, 256))
 
-    def build(inputs: TrainingInputs) -> Call:
-        layers: list[nn.Module] = []
-        for theta, bias in zip(inputs.thetas, inputs.biases, strict=True):
-            layer = make(theta.shape[1], theta.shape[0])
-            start_at(layer, theta, bias)
-            layers += [layer, nn.ReLU()]
-        model = nn.Sequential(*layers[:-1])
-        optimizer = make_optimizer(model)
-        network = torch.compile(model, dynamic=False) if is_compiled else model
 
-        def call() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(network(inputs.input), inputs.target)
-            loss.backward()
-            optimizer.step()
-            return loss
-
-        return call
-
-    return build
+MLP_300 = Network(
+    "mlp-300",
+    plain=lambda size: mlp(size, 300, 100),
+    input_shape=lambda size: (size,),
+    unit="inputs",
+    size=784,
+    quick_size=784,
+)
+MLP_2048 = Network(
+    "mlp-2048",
+    plain=lambda size: mlp(size, size, size, size),
+    input_shape=lambda size: (size,),
+    unit="features",
+    size=2048,
+    quick_size=256,
+)
+CNN = Network(
+    "cnn",
+    plain=cnn,
+    input_shape=lambda side: (3, side, side),
+    unit="pixels a side",
+    size=32,
+    quick_size=16,
+)
+RESNET_18 = Network(
+    "resnet-18",
+    plain=lambda side: torchvision.models.resnet18(num_classes=CLASSES),
+    input_shape=lambda side: (3, side, side),
+    unit="pixels a side",
+    size=64,
+    quick_size=32,
+)

@@ -1,6 +1,8 @@
 """The rows: what is measured, against what. Adding an op is adding a row to `ROWS`.
 
-φ is ``weight``, θ ``theta``, α ``alpha``; N is the number of elements.
+The elementwise ops are here, single layers in layers.py, whole training steps in training.py, and
+the optimizers' steps alone in update.py. φ is ``weight``, θ ``theta``, α ``alpha``; N is the number
+of elements.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor
 
 import ppkernels as pp
-from bench import models
+from bench.layers import layer_rows
 from bench.row import Bar, Build, Call, Row
+from bench.training import training_rows
+from bench.update import update_rows
 
 IN_MEMORY = 64 * 2**20
 IN_CACHE = 64 * 2**10
@@ -231,69 +235,12 @@ def _allocating_row(
     )
 
 
-def layer_rows() -> list[Row]:
-    """What a powered layer adds to nn.Linear where the layer is small: calls, not arithmetic."""
-    return [
-        Row(
-            name=f"layer/stores={stores}/alpha=1.5",
-            suite="layers",
-            ops=("power", "power_backward", "inverse_power"),
-            inputs=models.layer_inputs,
-            ours=models.forward_backward(models.powered(1.5, stores)),
-            rivals={
-                "nn.Linear": models.forward_backward(models.dense),
-                "eager": models.forward_backward(models.handwritten(1.5)),
-            },
-            size=64,
-            quick_size=64,
-            unit="features",
-            in_cache=True,
-            bars=(Bar("us_above", limit, "nn.Linear"),),
-            rtol=1e-3,
-            atol=1e-4,
-        )
-        for stores, limit in (("phi", 15), ("theta", 2))
-    ]
-
-
-def training_rows() -> list[Row]:
-    """A whole step of a 3 x N MLP with a head of 10, batch 128, SGD with momentum."""
-    rows = []
-    for alpha in (1.25, 1.5):
-        handwritten = models.handwritten(alpha)
-        for stores, optimizer in (("phi", models.fused_sgd), ("theta", models.power_sgd)):
-            bars = (Bar("times", 1.5, "dense"), Bar("faster", 1.5, "compiled"))
-            rows.append(
-                Row(
-                    name=f"training_step/stores={stores}/alpha={alpha:g}",
-                    suite="training_step",
-                    ops=("power", "power_backward", "inverse_power"),
-                    inputs=models.training_inputs,
-                    ours=models.training_step(models.powered(alpha, stores), optimizer),
-                    rivals={
-                        "dense": models.training_step(models.dense, models.fused_sgd),
-                        "eager": models.training_step(handwritten, models.fused_sgd),
-                        "compiled": models.training_step(
-                            handwritten, models.fused_sgd, is_compiled=True
-                        ),
-                    },
-                    size=2048,
-                    quick_size=256,
-                    unit="features",
-                    flops=models.training_flops,
-                    bars=bars if stores == "phi" else (),
-                    rtol=1e-3,
-                    atol=1e-4,
-                )
-            )
-    return rows
-
-
 ROWS: tuple[Row, ...] = (
     *power_rows(),
     *backward_rows(),
     *allocating_rows(),
     *layer_rows(),
     *training_rows(),
+    *update_rows(),
 )
 """Every row, in the order in which they are measured and printed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ppkernels as pp
+from bench.memory import MemoryResult
 from bench.row import OURS, Call, Row
 from bench.timing import Load, Measurement, measure, thread_count
 from ppkernels.testing import check_values
@@ -101,10 +102,14 @@ def build_calls(row: Row, size: int) -> dict[str, Call]:
 
 
 def check_agreement(row: Row, calls: Mapping[str, Call]) -> None:
-    """Raise `WrongValues` unless all contenders but the roof return what ours returns."""
+    """Raise `WrongValues` unless the first call of each contender returns what ours returns.
+
+    The roof, and rivals that do other work, are not compared. A call may write into the tensor that
+    it returns: an optimizer's step does.
+    """
     expected = calls[OURS]().detach().clone()
     for name, call in calls.items():
-        if name not in (OURS, row.roof):
+        if name not in (OURS, row.roof, *row.other_work):
             _check_close(row, name, call().detach(), expected)
 
 
@@ -177,7 +182,7 @@ def _contender(row: Row, size: int, measured: Measurement, name: str) -> Contend
 def _bars(row: Row, measured: Measurement, is_judged: bool) -> tuple[BarResult, ...]:
     results = []
     for bar in row.bars:
-        value = bar.measured(measured.seconds[OURS], measured.seconds[bar.rival])
+        value = bar.measured(measured.seconds[bar.promiser], measured.seconds[bar.rival])
         reached = bar.reached(value) if is_judged else None
         text = bar.format(value)
         results.append(BarResult(bar.sentence(), bar.limit, value, text, reached))
@@ -185,18 +190,27 @@ def _bars(row: Row, measured: Measurement, is_judged: bool) -> tuple[BarResult, 
 
 
 def save(
-    path: Path, facts: Mapping[str, object], roof: list[dict[str, object]], rows: list[RowResult]
+    path: Path,
+    facts: Mapping[str, object],
+    names: Container[str],
+    *,
+    roof: Sequence[Mapping[str, object]] | None = None,
+    rows: Sequence[RowResult] = (),
+    memory: Sequence[MemoryResult] = (),
 ) -> None:
-    """Write ``rows`` into the machine's file; rows of other names that it holds are kept.
+    """Write what was measured into the machine's file, and keep what the file holds besides.
 
-    Every row carries its own date, torch version, thread count and load, since rows of one file
-    may stem from several runs; machine facts and roof are those of the last.
+    Of that, rows are dropped whose names are not in ``names``: the registry has them no longer.
+    Every row carries its own date, torch version and thread count, and its load if it was timed,
+    since rows of one file may stem from several runs; machine facts and roof are those of the last.
     """
-    kept = json.loads(path.read_text())["rows"] if path.exists() else {}
-    content = {
+    old = json.loads(path.read_text()) if path.exists() else {}
+    content: dict[str, object] = {
         "machine": dict(facts),
-        "roof": roof,
-        "rows": {**kept, **{row.name: asdict(row) for row in rows}},
+        "roof": old.get("roof", []) if roof is None else roof,
     }
+    for section, measured in (("rows", rows), ("memory", memory)):
+        kept = {name: row for name, row in old.get(section, {}).items() if name in names}
+        content[section] = {**kept, **{row.name: asdict(row) for row in measured}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -19,7 +19,7 @@ Build = Callable[[Any], Call]
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise about the time of ppkernels, t, next to the time of one rival, r.
+    """A promise about the time t of ``promiser``, one of ours, next to the time r of one rival.
 
     ``kind`` says which number must keep to ``limit``: ``"times"`` t/r at most, ``"faster"`` r/t at
     least, ``"us_above"`` t − r in µs at most. It is the median over the rounds of one run.
@@ -28,6 +28,7 @@ class Bar:
     kind: Literal["times", "faster", "us_above"]
     limit: float
     rival: str
+    promiser: str = OURS
 
     def measured(self, ours: list[float], rival: list[float]) -> float:
         """The number that the bar limits; ``ours`` and ``rival`` are seconds per round."""
@@ -44,15 +45,24 @@ class Bar:
 
     def sentence(self) -> str:
         """The promise in words."""
+        who = "" if self.promiser == OURS else f"{self.promiser}: "
         if self.kind == "times":
-            return f"at most {self.limit:g}x the time of {self.rival}"
+            return f"{who}at most {self.limit:g}x the time of {self.rival}"
         if self.kind == "faster":
-            return f"at least {self.limit:g}x faster than {self.rival}"
-        return f"at most {self.limit:g} µs above {self.rival}"
+            return f"{who}at least {self.limit:g}x faster than {self.rival}"
+        return f"{who}at most {self.limit:g} µs above {self.rival}"
 
     def format(self, value: float) -> str:
         """``value``, as `measured` gives it, with its unit."""
         return f"{value:.1f} µs" if self.kind == "us_above" else f"{value:.2f}x"
+
+
+@dataclass(frozen=True)
+class MemoryBar:
+    """A promise about memory: our peak is at most ``rival``'s and ``extra_bytes(N)`` more."""
+
+    rival: str
+    extra_bytes: Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,10 @@ class Row:
         inputs: makes the inputs from a size, the same at every call.
         ours: builds our call from the inputs.
         rivals: the other contenders by name, built from the same inputs. All must return the
-            values that ours returns, within ``rtol`` and ``atol``, but for the roof.
+            values that ours returns, within ``rtol`` and ``atol``, but for the roof and for those
+            that ``other_work`` names.
+        other_work: rivals that compute something else, as a plain optimizer next to a powered one:
+            timed, not compared.
         size, quick_size: N, what ``inputs`` is called with; quick sizes judge no bar.
         unit: what N counts.
         dtype: of the inputs.
@@ -76,6 +89,7 @@ class Row:
         threads: a fixed count for this row; None takes the run's.
         in_cache: the inputs stay in the processor's cache: each sample starts with an untimed call.
         bars: what the row promises.
+        memory: what it promises of peak memory; without, ``--memory`` passes over the row.
         rtol, atol: how close the contenders' values must be, element by element.
     """
 
@@ -88,6 +102,7 @@ class Row:
     size: int
     quick_size: int
     unit: str = "elements"
+    other_work: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     streams: tuple[str, ...] = ()
     flops: Callable[[int], int] | None = None
@@ -95,6 +110,7 @@ class Row:
     threads: int | None = None
     in_cache: bool = False
     bars: tuple[Bar, ...] = field(default=())
+    memory: MemoryBar | None = None
     rtol: float = 2e-5
     atol: float = 0.0
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.memory import MemoryResult
 from bench.results import BarResult, ContenderResult, RowResult
 from bench.row import OURS
 
@@ -84,24 +85,44 @@ def print_row(console: Console, row: RowResult) -> None:
         console.print(f"  {_verdict(bar, row.busy)}", highlight=False)
 
 
+def print_memory(console: Console, row: MemoryResult) -> None:
+    """One row's peaks, and its bar."""
+    console.print(
+        f"\n[bold]{escape(row.name)}[/bold]  {row.size} {row.unit}, {row.threads} "
+        f"thread{'s' if row.threads > 1 else ''}, MiB",
+        highlight=False,
+    )
+    table = Table("contender")
+    for title in ("model and batch", "peak of a step", f"above {row.rival}"):
+        table.add_column(title, justify="right")
+    rival = row.contenders[row.rival].peak
+    for name, result in row.contenders.items():
+        shown = (result.at_rest, result.peak, result.peak - rival)
+        cells = [f"{number / 2**20:.2f}" for number in shown]
+        table.add_row(name, *cells, style="bold" if name == OURS else "")
+    console.print(table)
+    sentence = f"at most {row.extra_bytes} bytes above {row.rival}; measured {row.measured_bytes}"
+    console.print(f"  {_word(row.reached)}: {sentence}", highlight=False)
+
+
 def print_bars(console: Console, rows: Sequence[RowResult]) -> None:
     """All bars of the run in one table."""
     table = Table("row", "bar", "measured", "", title="Bars")
     table.columns[0].overflow = "fold"
     for row in rows:
         for bar in row.bars:
-            table.add_row(row.name, bar.sentence, bar.measured_text, _word(bar, row.busy))
+            table.add_row(row.name, bar.sentence, bar.measured_text, _word(bar.reached, row.busy))
     if table.row_count:
         console.print()
         console.print(table)
 
 
 def _verdict(bar: BarResult, is_busy: bool) -> str:
-    return f"{_word(bar, is_busy)}: {bar.sentence}; measured {bar.measured_text}"
+    return f"{_word(bar.reached, is_busy)}: {bar.sentence}; measured {bar.measured_text}"
 
 
-def _word(bar: BarResult, is_busy: bool) -> str:
-    if bar.reached is None:
+def _word(reached: bool | None, is_busy: bool = False) -> str:
+    if reached is None:
         return "[dim]not judged[/dim]"
-    word = "[green]reached[/green]" if bar.reached else "[red]missed[/red]"
+    word = "[green]reached[/green]" if reached else "[red]missed[/red]"
     return f"{word} (busy)" if is_busy else word

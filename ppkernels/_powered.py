@@ -11,6 +11,8 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from ppkernels.ops import BitMask
+
 Stores = Literal["theta", "phi"]
 Keep = Literal["theta", "phi"]
 
@@ -19,12 +21,15 @@ class PoweredLayer(Protocol):
     """A layer whose weight is θ = φ·|φ|^(α−1).
 
     ``weight`` is the trained parameter and holds θ or φ, as ``stores`` says; ``alpha`` is a 0-dim
-    float64 tensor that changes its value in place.
+    float64 tensor that changes its value in place. Where the bit of ``update_mask`` is 0 an entry
+    is frozen; where the bit of ``mask`` is 0 the network sees 0 in its place.
     """
 
     stores: Stores
     weight: Tensor
     alpha: Tensor
+    update_mask: BitMask | None
+    mask: BitMask | None
 
     @property
     def theta(self) -> Tensor:
@@ -79,13 +84,13 @@ def dismiss(layer: nn.Module) -> None:
 
 
 def weights_changed() -> None:
-    """Note that some layer's weight may be another Parameter than before."""
+    """Note that some layer's weight or update mask may be another one than before."""
     global _generation
     _generation = object()
 
 
 def generation() -> object:
-    """An object that is another one whenever a layer has come, gone, or changed its Parameter."""
+    """An object that is another one whenever `weights_changed`, or a layer has come or gone."""
     return _generation
 
 
@@ -168,6 +173,12 @@ def layers_of(parameter: Tensor) -> list[PoweredLayer]:
         for layer in found
         if layer is not None and any(own is parameter for own in _trained(layer))
     ]
+
+
+def freezing_layer(parameter: Tensor) -> PoweredLayer | None:
+    """A live layer that trains ``parameter`` and has an ``update_mask``, or None."""
+    masked = (layer for layer in layers_of(parameter) if layer.update_mask is not None)
+    return next(masked, None)
 
 
 def theta_layer(parameter: Tensor) -> PoweredLayer | None:

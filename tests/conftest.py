@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 import ppkernels as pp
 
@@ -35,3 +36,17 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def stepped() -> Callable[..., Tensor]:
+    """``stepped(theta, grad, alpha, lr, rule)``: θ after one step without momentum."""
+
+    def step(
+        theta: Tensor, grad: Tensor, alpha: float | Tensor, lr: float, rule: str = "virtual"
+    ) -> Tensor:
+        theta = theta.detach().clone()
+        pp.sgd_step_([theta], [grad], alphas=[alpha], lr=lr, rule=rule)
+        return theta
+
+    return step

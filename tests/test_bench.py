@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import machine, results, timing
+from bench import machine, memory, models, results, timing
 from bench.registry import IN_MEMORY, ROWS
-from bench.row import OURS, Bar, Row
+from bench.row import OURS, Bar, Call, Row
 
 BY_NAME = {row.name: row for row in ROWS}
 CACHE_ROW = BY_NAME["power/cache/float32/alpha=1.25"]
@@ -38,8 +38,48 @@ def test_names_are_unique_and_bars_name_rivals() -> None:
     for row in ROWS:
         assert OURS not in row.rivals
         assert row.roof is None or row.roof in row.rivals
-        assert {bar.rival for bar in row.bars} <= row.rivals.keys()
+        assert {bar.rival for bar in row.bars} | set(row.other_work) <= row.rivals.keys()
+        assert {bar.promiser for bar in row.bars} <= row.contenders.keys()
+        assert row.memory is None or row.memory.rival in row.rivals
         assert (Path(machine.__file__).parent / f"test_{row.suite}.py").exists()
+
+
+TRAINING = "training_step/mlp-2048/batch=128"
+
+
+def test_contenders_take_the_same_step() -> None:
+    # Without a past, momentum makes no difference between the rules: all of these end at one θ.
+    row = BY_NAME[f"{TRAINING}/sgd/alpha=1.5"]
+    inputs = row.inputs(32)
+    # The losses of two steps differ in the sixth digit.
+    inputs = replace(inputs, input=inputs.input.double(), plain=inputs.plain.double())
+    falls = {}
+    for name in (OURS, "stores=phi", "eager", "dense"):
+        call = row.contenders[name](inputs)
+        falls[name] = (call() - call()).item()
+    assert falls["stores=phi"] == pytest.approx(falls[OURS], rel=1e-6)
+    assert falls["eager"] == pytest.approx(falls[OURS], rel=1e-6)
+    assert abs(falls["dense"] - falls[OURS]) > 0.1 * abs(falls[OURS])
+
+
+def test_masked_inputs_are_frozen_at_zero() -> None:
+    inputs = BY_NAME[f"{TRAINING}/sgd/alpha=1.5/masks"].inputs(64)
+    layers = models.weight_layers(inputs.plain)
+    assert inputs.update_masks.keys() == layers.keys()
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight != 0, inputs.update_masks[name])
+    shares = [mask.float().mean().item() for mask in inputs.update_masks.values()]
+    assert shares[0] == pytest.approx(0.1, abs=0.02)
+
+
+def test_flops_and_mask_bytes_of_a_network() -> None:
+    width, batch = 20, 3
+    weights = 3 * width * width + models.CLASSES * width
+    # 2 operations a weight in the forward and 4 in the backward, but for the input of the first.
+    flops = batch * (6 * weights - 2 * width * width)
+    assert models.MLP_2048.flops(batch, width) == flops
+    assert models.MLP_2048.mask_bytes(width) == 3 * 50 + 25
+    assert models.MLP_2048.mask_bytes(3) == 3 * 2 + 4
 
 
 @pytest.mark.parametrize(
@@ -49,10 +89,18 @@ def test_names_are_unique_and_bars_name_rivals() -> None:
         ("power/memory/bfloat16/alpha=1.25", 256),
         ("power_backward/memory/float32/alpha=1.25", 768),
         ("power_double_backward/allocating/float32/alpha=1.25", 1024),
+        ("step/sgd/alpha=1.5", 1280),
+        ("step/adamw/alpha=1.5/masks", 1792),
     ],
 )
 def test_bytes_moved(name: str, mebibytes: int) -> None:
     assert BY_NAME[name].bytes_moved(IN_MEMORY) == mebibytes * 2**20
+
+
+def test_bar_of_another_contender_says_whose_it_is() -> None:
+    assert Bar("times", 1.5, "dense").sentence() == "at most 1.5x the time of dense"
+    said = Bar("faster", 2, "eager", "stores=phi").sentence()
+    assert said == "stores=phi: at least 2x faster than eager"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +182,13 @@ def test_contenders_that_disagree_are_refused(small: Row) -> None:
         results.measure_row(wrong, 1, budget=0.0, is_quick=True)
 
 
+def test_other_work_is_timed_and_not_compared(small: Row) -> None:
+    rivals = {**small.rivals, "eager": lambda x: lambda: x.weight * 2}
+    row = replace(small, rivals=rivals, other_work=("eager",))
+    measured = results.measure_row(row, 1, budget=0.0, is_quick=True)
+    assert measured.contenders["eager"].median_s > 0
+
+
 def test_results_round_trip(small: Row, tmp_path: Path) -> None:
     row = results.measure_row(small, 1, budget=0.0, is_quick=True)
     assert row.bars[0].reached is None
@@ -141,12 +196,18 @@ def test_results_round_trip(small: Row, tmp_path: Path) -> None:
     assert row.contenders["copy_"].share_of_roof == pytest.approx(1)
 
     path = tmp_path / "new" / "machine.json"
-    other = replace(row, name="another")
-    results.save(path, machine.facts(1), [], [other])
-    results.save(path, machine.facts(1), [{"elements": 1}], [row])
+    others = [replace(row, name=name) for name in ("another", "gone")]
+    names = {row.name, "another", "weighed"}
+    weighed = memory.MemoryResult(
+        "weighed", 8, "features", 2, {OURS: memory.Peak(1, 2)}, OURS, 0, 0, True, "today", "2.14"
+    )
+    results.save(path, machine.facts(1), {*names, "gone"}, roof=[], rows=others)
+    results.save(path, machine.facts(1), names, roof=[{"elements": 1}], rows=[row])
+    results.save(path, machine.facts(1), names, memory=[weighed])
     read = json.loads(path.read_text())
     assert read["rows"].keys() == {"another", row.name}
     assert read["rows"][row.name] == json.loads(json.dumps(asdict(row)))
+    assert read["memory"] == {"weighed": asdict(weighed)}
     assert read["roof"] == [{"elements": 1}]
     assert read["machine"]["cores"] == len(timing.core_ids())
 
@@ -156,12 +217,70 @@ def test_bars_are_judged_at_full_size(small: Row) -> None:
     assert results.measure_row(row, 1, budget=0.0).bars[0].reached in (True, False)
 
 
+def _event(ts: int, name: str = "[memory]", **args: int) -> dict[str, object]:
+    return {"ts": ts, "name": name, "ph": "X", "args": args}
+
+
+def test_peak_is_the_largest_sum_after_the_steps_begin() -> None:
+    events = [
+        {"name": "process_name", "ph": "M"},
+        _event(9, Bytes=-7),
+        _event(1, Bytes=1000),
+        _event(2, Bytes=-990),
+        _event(4, memory.STEPS_MARK),
+        _event(3, Bytes=5),
+        _event(7, Bytes=20),
+        _event(8, "aten::empty"),
+        _event(6, Bytes=-5),
+    ]
+    assert memory.read_trace(events) == memory.Peak(at_rest=15, peak=30)
+    with pytest.raises(RuntimeError, match="has no event 'bench: steps'"):
+        memory.read_trace(events[:3])
+
+
+def test_memory_is_counted_to_the_byte() -> None:
+    def build(size: int) -> Call:
+        source = torch.zeros(size, dtype=torch.uint8)
+        # Before the steps begin; it is no part of their peak.
+        torch.zeros(100 * size, dtype=torch.uint8)
+        return lambda: source.clone().clone()
+
+    size = 10_007
+    assert memory.count(build, lambda: size) == memory.Peak(at_rest=size, peak=3 * size)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{TRAINING}/{rest}/alpha=1.5{m}" for rest in ("sgd", "adamw") for m in ("", "/masks")]
+)
+def test_powered_step_needs_the_memory_of_the_dense_one(name: str) -> None:
+    row, size = BY_NAME[name], 256
+    assert row.memory is not None
+    peaks = {
+        contender: memory.count(row.contenders[contender], lambda: row.inputs(size)).peak
+        for contender in (OURS, row.memory.rival)
+    }
+    assert peaks[OURS] - peaks[row.memory.rival] <= row.memory.extra_bytes(size)
+
+
+def test_memory_is_counted_in_processes_of_their_own() -> None:
+    row = BY_NAME[f"{TRAINING}/sgd/alpha=1.5"]
+    small = replace(row, rivals={"dense": row.rivals["dense"]})
+    result = memory.measure(small, 1, is_quick=True)
+    assert result.reached is None
+    assert result.contenders.keys() == {OURS, "dense"}
+    dense = memory.count(row.rivals["dense"], lambda: row.inputs(row.quick_size))
+    assert result.contenders["dense"] == dense
+    with pytest.raises(RuntimeError, match=r"^gone: ppkernels failed:(.|\n)*KeyError: 'gone'"):
+        memory.measure(replace(row, name="gone"), 1, is_quick=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--quick", "--save"], "leave --quick away"),
         (["pwoer"], "no row is named pwoer"),
+        (["--memory", "power/", "layer"], "of power/ and layer, memory is measured for no row"),
     ],
 )
 def test_wrong_arguments(

@@ -31,12 +31,11 @@ void check_optional(const char* op, const char* name, size_t length, size_t weig
 bool is_half(Type type) { return type == Type::kBFloat16 || type == Type::kFloat16; }
 
 // A state is of the weight's dtype, or float32 beside a half type.
-void check_state(const char* op, const char* name, const Tensor& state, const Tensor& weight) {
-  const bool is_wide = is_half(type_of(op, weight)) && state.scalar_type() == ScalarType::Float;
-  bool equal = state.dim() == weight.dim() && state.is_cpu() &&
-               (is_wide || state.scalar_type() == weight.scalar_type());
-  for (int64_t d = 0; equal && d < state.dim(); ++d) equal = state.size(d) == weight.size(d);
-  if (equal) return;
+void check_state(const char* op, const char* name, const Tensor& state, const Tensor& weight,
+                 Type weight_type) {
+  const bool is_wide = is_half(weight_type) && state.scalar_type() == ScalarType::Float;
+  const bool fits = is_wide || state.scalar_type() == weight.scalar_type();
+  if (fits && state.is_cpu() && same_sizes(state, weight)) return;
   require(false, op, ": ", name, " must be a CPU tensor like its weight, ", described(weight),
           ", or float32 where that is a half type; got ", described(state));
 }
@@ -49,8 +48,10 @@ void check_word(const char* op, const char* name, const std::string& word, const
 
 double number_in(const char* op, const char* name, const std::optional<Tensor>& t, double none) {
   if (!t.has_value()) return none;
-  require(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->numel() == 1, op, ": ", name,
-          " must hold one float32 number on the CPU, as the weights are, got ", described(*t));
+  if (!t->is_cpu() || t->scalar_type() != ScalarType::Float || t->numel() != 1) {
+    require(false, op, ": ", name, " must hold one float32 number on the CPU, as the weights are, ",
+            "got ", described(*t));
+  }
   return *t->const_data_ptr<float>();
 }
 
@@ -78,67 +79,80 @@ struct Arguments {
 
 // ---- one tensor of the list, as kernels see it
 
-// A tensor as a block of memory in the element order of `layout`; if that takes a copy,
-// `write_back` brings the values home.
-struct Block {
-  Block(const Tensor& t, const Tensor& layout) : home(t), dense(arranged_like(t, layout)) {}
-  void write_back() {
-    if (dense.const_data_ptr() != home.const_data_ptr()) torch::stable::copy_(home, dense);
-  }
-  Tensor home, dense;
+// A tensor that is not laid out as its weight: the kernel works on a copy, which goes home after.
+struct Copied {
+  Tensor home, copy;
 };
 
 struct Entry {
   StepTensor tensor{};
-  int64_t elements;
-  // What has to live until the step is taken.
-  std::vector<Block> written;
-  Tensor grad, mask;
+  int64_t elements = 0;
+  // What has to live until the step is taken; empty where tensors are as they should be.
+  std::vector<Copied> written;
+  std::vector<Tensor> read;
 };
 
-Tensor dense_layout(const Tensor& t) { return is_dense(t) ? t : torch::stable::contiguous(t); }
+// Address of `t`'s elements in the order of `layout`, which is dense.
+void* memory_in(const Tensor& layout, const Tensor& t, Entry& entry) {
+  if (same_strides(t, layout)) return t.mutable_data_ptr();
+  entry.written.push_back({t, arranged_like(t, layout)});
+  return entry.written.back().copy.mutable_data_ptr();
+}
+
+void set_states(const Arguments& a, size_t i, const Tensor& layout, Entry& e) {
+  const Tensor& weight = a.weights[i];
+  for (size_t k = 0; k < a.states.size(); ++k) {
+    const Tensor& state = (*a.states[k])[i];
+    check_state(a.op, a.state_names[k], state, weight, e.tensor.type);
+    const Type type = type_of(a.op, state);
+    if (k > 0 && type != e.tensor.state_type) {
+      require(false, a.op, ": the states of a weight must have one dtype, got ",
+              described((*a.states[0])[i]), " and ", described(state));
+    }
+    e.tensor.state_type = type;
+    e.tensor.states[k] = memory_in(layout, state, e);
+  }
+  if (a.masters.empty() || a.masters[i].numel() == 0) return;
+  const Tensor& master = a.masters[i];
+  check_state(a.op, "masters", master, weight, e.tensor.type);
+  const bool fits = is_half(e.tensor.type) && master.scalar_type() == ScalarType::Float &&
+                    (a.states.empty() || e.tensor.state_type == Type::kFloat32);
+  require(fits, a.op, ": a master copy is float32 beside a half weight, with float32 states");
+  e.tensor.state_type = Type::kFloat32;
+  e.tensor.master = memory_in(layout, master, e);
+}
 
 Entry entry_of(const Arguments& a, size_t i) {
-  const Tensor& weight = a.weights[i];
+  const Tensor &weight = a.weights[i], &grad = a.grads[i];
   Entry e;
   e.elements = weight.numel();
   e.tensor.type = e.tensor.state_type = type_of(a.op, weight);
-  check_like(a.op, "grads", a.grads[i], weight);
-  const Tensor layout = dense_layout(weight);
-  const auto memory_of = [&](const Tensor& t) {
-    e.written.emplace_back(t, layout);
-    return (void*)e.written.back().dense.mutable_data_ptr();
-  };
-  e.tensor.weight = memory_of(weight);
-  e.grad = arranged_like(a.grads[i], layout);
-  e.tensor.grad = e.grad.const_data_ptr();
-  for (size_t k = 0; k < a.states.size(); ++k) {
-    const Tensor& state = (*a.states[k])[i];
-    check_state(a.op, a.state_names[k], state, weight);
-    const Type type = type_of(a.op, state);
-    require(k == 0 || type == e.tensor.state_type, a.op, ": the states of a weight must have one ",
-            "dtype, got ", described((*a.states[0])[i]), " and ", described(state));
-    e.tensor.state_type = type;
-    e.tensor.states[k] = memory_of(state);
+  check_like(a.op, "grads", grad, weight);
+  const Tensor dense = is_dense(weight) ? weight : torch::stable::contiguous(weight);
+  e.tensor.weight = memory_in(dense, weight, e);
+  if (same_strides(grad, dense)) {
+    e.tensor.grad = grad.const_data_ptr();
+  } else {
+    e.read.push_back(arranged_like(grad, dense));
+    e.tensor.grad = e.read.back().const_data_ptr();
   }
-  if (!a.masters.empty() && a.masters[i].numel() != 0) {
-    const Tensor& master = a.masters[i];
-    check_state(a.op, "masters", master, weight);
-    const bool fits = is_half(e.tensor.type) && master.scalar_type() == ScalarType::Float &&
-                      (a.states.empty() || e.tensor.state_type == Type::kFloat32);
-    require(fits, a.op, ": a master copy is float32 beside a half weight, with float32 states");
-    e.tensor.state_type = Type::kFloat32;
-    e.tensor.master = memory_of(master);
-  }
+  set_states(a, i, dense, e);
   if (!a.masks.empty() && a.masks[i].numel() != 0) {
     check_words(a.op, a.masks[i], e.elements);
-    e.mask = arranged_mask(a.masks[i], layout);
-    e.tensor.mask = (const uint8_t*)e.mask.const_data_ptr();
+    e.read.push_back(arranged_mask(a.masks[i], dense));
+    e.tensor.mask = (const uint8_t*)e.read.back().const_data_ptr();
   }
   e.tensor.alpha = exponent_of(a.op, "alphas", a.alphas[i]);
   e.tensor.holds_phi = !a.holds_phi.empty() && a.holds_phi[i] != 0;
   e.tensor.bias_correction1 = e.tensor.bias_correction2 = 1;
   return e;
+}
+
+std::vector<Entry> entries_of(const Arguments& a) {
+  std::vector<Entry> entries;
+  entries.reserve(a.weights.size());
+  for (size_t i = 0; i < a.weights.size(); ++i) entries.push_back(entry_of(a, i));
+  return entries;
 }
 
 // ---- the pass over all of them
@@ -166,7 +180,7 @@ void run(std::vector<Entry>& entries, const Options& options,
     }
   });
   for (Entry& e : entries) {
-    for (Block& block : e.written) block.write_back();
+    for (Copied& block : e.written) torch::stable::copy_(block.home, block.copy);
   }
 }
 
@@ -216,8 +230,7 @@ void sgd_step(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors 
   options.dampening = dampening;
   options.nesterov = nesterov;
   if (found_inf_in(op, found_inf)) return;
-  std::vector<Entry> entries;
-  for (size_t i = 0; i < weights.size(); ++i) entries.push_back(entry_of(a, i));
+  std::vector<Entry> entries = entries_of(a);
   run(entries, options, step_kernels(isa()).sgd);
 }
 
@@ -227,8 +240,10 @@ class StepCounts {
   StepCounts(double beta1, double beta2) : beta1_(beta1), beta2_(beta2) {}
 
   void advance(const char* op, const Tensor& step, StepTensor& tensor) {
-    require(step.is_cpu() && step.scalar_type() == ScalarType::Float && step.numel() == 1, op,
-            ": steps must be float32 tensors of one number on the CPU, got ", described(step));
+    if (!step.is_cpu() || step.scalar_type() != ScalarType::Float || step.numel() != 1) {
+      require(false, op, ": steps must be float32 tensors of one number on the CPU, got ",
+              described(step));
+    }
     const float count = ++*step.mutable_data_ptr<float>();
     if (count != count_) {
       count_ = count;
@@ -267,8 +282,7 @@ void adam_step(Tensors weights, Tensors grads, Tensors exp_avgs, Tensors exp_avg
   options.beta2 = beta2;
   options.eps = eps;
   if (found_inf_in(op, found_inf)) return;
-  std::vector<Entry> entries;
-  for (size_t i = 0; i < weights.size(); ++i) entries.push_back(entry_of(a, i));
+  std::vector<Entry> entries = entries_of(a);
   StepCounts counts(beta1, beta2);
   for (size_t i = 0; i < weights.size(); ++i) counts.advance(op, steps[i], entries[i].tensor);
   run(entries, options, step_kernels(isa()).adam);

@@ -61,10 +61,17 @@ inline std::string described(const Tensor& t) {
   return text.str();
 }
 
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto p = a.sizes(), q = b.sizes();
+  if (p.size() != q.size()) return false;
+  for (size_t d = 0; d < p.size(); ++d) {
+    if (p[d] != q[d]) return false;
+  }
+  return true;
+}
+
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& weight) {
-  bool equal = t.dim() == weight.dim() && t.scalar_type() == weight.scalar_type() && t.is_cpu();
-  for (int64_t d = 0; equal && d < t.dim(); ++d) equal = t.size(d) == weight.size(d);
-  if (equal) return;
+  if (t.scalar_type() == weight.scalar_type() && t.is_cpu() && same_sizes(t, weight)) return;
   require(false, op, ": ", name, " must be a CPU tensor like the weight, ", described(weight),
           ", got ", described(t));
 }

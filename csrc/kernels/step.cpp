@@ -143,14 +143,10 @@ class CoupledDecayLanes {
 // θ' where r is not small: r and the power of 1 + r to the last bit.
 class Far {
  public:
-  explicit Far(const Motion& motion)
-      : motion_(motion), factor_(exponent(motion), rate(motion)), power_(motion.alpha, 1),
-        keep_((float)motion.keep_theta),
-        // Beyond, a power may overflow that the product with θ brings back.
-        largest_(motion.alpha <= Power::kLargestExponent ? (float)exp2(126 / motion.alpha)
-                                                         : -1.0f) {}
+  explicit Far(const Motion& motion) : motion_(motion) {}
 
-  __attribute__((noinline, cold)) f32v operator()(f32v theta, f32v u) const {
+  __attribute__((noinline, cold)) f32v operator()(f32v theta, f32v u) {
+    if (!is_ready_) prepare();
     // At θ = 0, and where θ has no power, this is noise.
     const f32v base = 1.0f - times_sign(u * factor_(abs(theta)), theta);
     const f32v a = abs(base);
@@ -171,9 +167,20 @@ class Far {
   }
 
  private:
+  // Put off to the first use, for many small tensors have none.
+  void prepare() {
+    is_ready_ = true;
+    factor_ = Power(exponent(motion_), rate(motion_));
+    power_ = Power(motion_.alpha, 1);
+    keep_ = (float)motion_.keep_theta;
+    // Beyond, a power may overflow that the product with θ brings back.
+    largest_ = motion_.alpha <= Power::kLargestExponent ? (float)exp2(126 / motion_.alpha) : -1.0f;
+  }
+
   Motion motion_;
+  bool is_ready_ = false;
   Power factor_, power_;
-  float keep_, largest_;
+  float keep_ = 1, largest_ = -1;
 };
 
 // A product with a number that is mostly 1; the branch is cheaper than the multiplication.
@@ -195,8 +202,7 @@ class Scale {
 // The weight as it is: α = 1, or φ with its own gradient.
 class Plain {
  public:
-  Plain(const Motion& motion, const Far*)
-      : keep_(motion.keep_stored), rate_(splat((float)-motion.lr)) {}
+  Plain(const Motion& motion, Far*) : keep_(motion.keep_stored), rate_(splat((float)-motion.lr)) {}
 
   template <class V>
   struct Point {
@@ -220,7 +226,7 @@ class Plain {
 // θ' = keep·θ·Ψ(1 + r) for both rules.
 class Multiplied {
  public:
-  Multiplied(const Motion& motion, const Far* far) : far_(far), keep_(motion.keep_theta) {
+  Multiplied(const Motion& motion, Far* far) : far_(far), keep_(motion.keep_theta) {
     double coefficient = 1;
     for (int k = 0; k < kTerms; ++k) {
       coefficient *= (motion.alpha - k) / (k + 1);
@@ -271,7 +277,7 @@ class Multiplied {
     return result;
   }
 
-  const Far* far_;
+  Far* far_;
   f32v terms_[kTerms];
   i32v near_;
   Scale keep_;
@@ -280,7 +286,7 @@ class Multiplied {
 // The virtual rule on θ.
 class Virtual {
  public:
-  Virtual(const Motion& motion, const Far* far)
+  Virtual(const Motion& motion, Far* far)
       : multiplied_(motion, far), factor_(Far::exponent(motion), -Far::rate(motion)),
         rate_(splat((float)-Far::rate(motion))), has_power_(motion.alpha != 2) {}
 
@@ -311,7 +317,7 @@ class Virtual {
 // The chain rule on θ: gradient and states are those of φ.
 class Chain {
  public:
-  Chain(const Motion& motion, const Far* far)
+  Chain(const Motion& motion, Far* far)
       : multiplied_(motion, far), slope_(1 - 1 / motion.alpha, motion.alpha),
         rate_(splat((float)(-Far::rate(motion) / motion.alpha))) {}
 
@@ -434,7 +440,7 @@ struct Step {
   static constexpr int kStates = Optimizer::kStates;
 
   template <class Options>
-  Step(const Options& options, const StepTensor& tensor, const Motion& motion, const Far* far,
+  Step(const Options& options, const StepTensor& tensor, const Motion& motion, Far* far,
        const CoupledDecay& coupled)
       : optimizer(options, tensor), form(motion, far), decay(coupled),
         grad_factor(options.grad_factor) {}
@@ -516,7 +522,7 @@ void run(const StepT step, const StepTensor& tensor, int64_t begin, int64_t end)
 }
 
 template <class StepT, class Options>
-void run_types(const Options& options, const StepTensor& t, const Motion& motion, const Far* far,
+void run_types(const Options& options, const StepTensor& t, const Motion& motion, Far* far,
                int64_t begin, int64_t end) {
   const CoupledDecay coupled(options, t);
   const StepT step(options, t, motion, far, coupled);
@@ -539,7 +545,7 @@ void run_forms(const Options& options, const StepTensor& t, int64_t begin, int64
   if (t.alpha == 1 || t.holds_phi) {
     return run_types<Step<Optimizer, Plain>>(options, t, motion, nullptr, begin, end);
   }
-  const Far far(motion);
+  Far far(motion);
   if (options.chain) {
     return run_types<Step<Optimizer, Chain>>(options, t, motion, &far, begin, end);
   }

@@ -25,6 +25,8 @@ class Power {
   static constexpr double kLargestExponent = 128;
   static constexpr double kSmallestExponent = 0x1p-30;
 
+  // Of no value until it is assigned one.
+  Power() = default;
   Power(double exponent, double factor) : Power(exponent, Scaled(factor)) {}
 
   f32v operator()(f32v x) const {

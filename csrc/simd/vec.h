@@ -103,6 +103,7 @@ inline f32v sqrt(f32v x) {
 // A table of 16 floats that is looked up by the low four bits of each lane.
 class Table {
  public:
+  Table() = default;
   explicit Table(const float* values) {
 #if defined(__AVX512F__)
     values_ = _mm512_loadu_ps(values);

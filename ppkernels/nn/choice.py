@@ -28,6 +28,7 @@ POWERED: dict[type[nn.Module], type[Powered]] = {
     nn.Conv2d: PowerConv2d,
     nn.Conv3d: PowerConv3d,
 }
+_OWN_NAMES = ("alpha", "theta", "stores", "mask", "update_mask")
 _KINDS = "only nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d can be, and no subclasses"
 
 
@@ -123,7 +124,7 @@ def obstacle(module: nn.Module) -> str | None:
         return "its weight is no Parameter (torch.nn.utils has normalised or pruned it)"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}, not a floating dtype that has kernels"
-    taken = [name for name in ("alpha", "theta", "stores") if hasattr(module, name)]
+    taken = [name for name in _OWN_NAMES if hasattr(module, name)]
     return f"it has an attribute {taken[0]!r} of its own" if taken else None
 
 

@@ -52,9 +52,11 @@ class _PowerConv(Powered):
             self.set_theta(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.stores == "theta":
-            return self._conv_forward(input, self.weight, self.bias)  # type: ignore[operator,no-any-return]
-        theta = Power.apply(self.weight, self.alpha)
+        theta = self.weight
+        if self.stores == "phi":
+            theta = Power.apply(theta, self.alpha)
+        if self._mask is not None:
+            theta = self._hide(theta)
         return self._conv_forward(input, theta, self.bias)  # type: ignore[operator,no-any-return]
 
 

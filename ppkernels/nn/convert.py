@@ -11,7 +11,12 @@ from torch import nn
 from ppkernels._powered import Stores, is_powered, layers_of, powered_layers, weight_parameter
 from ppkernels.nn.choice import POWERED, Alphas, Select, called, check_model, chosen_layers
 from ppkernels.nn.powered import Powered, check_stores
-from ppkernels.nn.sharing import check_no_readers, check_powered_already, check_ties
+from ppkernels.nn.sharing import (
+    check_no_readers,
+    check_one_mask,
+    check_powered_already,
+    check_ties,
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -94,8 +99,9 @@ def fold(model: ModelT) -> ModelT:
     """Turn the powered layers of ``model`` back into plain ones whose weight is θ, in place.
 
     The opposite of `powerize`: the same modules and Parameters, each layer of the class it was made
-    from (nn.Linear, nn.Conv2d, ...), with no exponent. Outputs stay bit for bit the same. The
-    ``.grad`` of weights that held φ is dropped.
+    from (nn.Linear, nn.Conv2d, ...), with no exponent. Outputs stay bit for bit the same: where a
+    layer has a ``mask``, the weight is 0 where it hides, and the values hidden there are lost. The
+    masks are dropped, and so is the ``.grad`` of weights that held φ.
 
     Args:
         model: any module; a powered layer itself is changed and returned.
@@ -106,7 +112,8 @@ def fold(model: ModelT) -> ModelT:
     Raises:
         TypeError: a subclass of a powered layer, which has no plain class; no module.
         RuntimeError: a weight that torch.nn.utils has parametrized or pruned.
-        ValueError: φ is stored in a weight that a powered layer outside ``model`` shares.
+        ValueError: φ is stored in a weight, or a ``mask`` hides a part of one, that a powered layer
+            outside ``model`` shares; a ``mask`` on a weight that others in ``model`` use unmasked.
     """
     check_model("fold", model)
     layers = {name: cast(Powered, layer) for name, layer in powered_layers(model).items()}
@@ -124,15 +131,18 @@ def fold(model: ModelT) -> ModelT:
                 "you can say which plain class it folds to"
             )
         tied = [other for other in layers_of(weight) if other not in layers.values()]
-        if layer.stores == "phi" and tied:
+        if tied and (layer.stores == "phi" or layer.mask is not None):
+            why = "which holds phi" if layer.stores == "phi" else "which a mask hides in part"
             raise ValueError(
-                f"fold: {called(name, layer)} shares its weight, which holds phi, with {tied[0]} "
-                "outside the model; fold a module that contains both"
+                f"fold: {called(name, layer)} shares its weight, {why}, with {tied[0]} outside the "
+                "model; fold a module that contains both"
             )
+    check_one_mask(model, layers)
     for layer in _one_per_weight(layers.values()):
-        if layer.stores == "phi":
+        if layer.stores == "phi" or layer.mask is not None:
             with torch.no_grad():
                 layer.weight.copy_(layer.theta)
+        if layer.stores == "phi":
             layer.weight.grad = None  # it is ∂L/∂φ
     for layer in layers.values():
         layer.become_plain()

@@ -1,4 +1,4 @@
-"""Refuses the optimizers that would train a weight θ as if it were not powered.
+"""Refuses the optimizers that would train a weight θ as if it were not powered, or frozen entries.
 
 What it cannot see, because the optimizer's tensors are not the layer's own: float32 master copies
 of half-precision weights, the flattened parameters of FSDP1 (FSDP2 is seen), functional optimizers
@@ -20,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ppkernels import _powered
 
 # When an optimizer was looked through: the registry's generation, its groups' own lists with their
-# length and first tensor, and which of its tensors are weights of θ-storing layers. Every tensor of
-# the lists by itself would cost more than all the rest.
+# length and first tensor, and which of its tensors are weights that it may not step. Every tensor
+# of the lists by itself would cost more than all the rest.
 _Group = tuple[list[Tensor], int, Tensor | None]
 _Look = tuple[object, list[_Group], list[Tensor]]
 _NEVER: _Look = (None, [], [])
@@ -29,7 +29,7 @@ _seen: WeakKeyDictionary[Optimizer, _Look] = WeakKeyDictionary()
 
 
 def _refuse_plain_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise if ``optimizer`` knows nothing of powered layers and would move the weight of one.
+    """Raise if ``optimizer`` knows nothing of powered layers and would step one's weight wrongly.
 
     A global hook, so it runs before every step of every optimizer: half a microsecond once an
     optimizer has been looked through.
@@ -73,28 +73,39 @@ def _look_through(optimizer: Optimizer) -> _Look:
             for params in lists
             for weight in params
             if _powered.theta_layer(weight) is not None
+            or _powered.freezing_layer(weight) is not None
         ],
     )
 
 
 def _refuse(optimizer: Optimizer, weight: Tensor) -> None:
     """Raise, unless the layer is gone by now or the optimizer hands its steps to one that knows."""
-    layer = _powered.theta_layer(weight)
+    layer, freezing = _powered.theta_layer(weight), _powered.freezing_layer(weight)
     # ZeroRedundancyOptimizer and wrappers like it have the optimizer that steps as `optim`.
-    if layer is None or getattr(getattr(optimizer, "optim", None), "steps_theta", False):
+    if getattr(getattr(optimizer, "optim", None), "steps_theta", False):
         return
     name = type(optimizer).__name__
-    frozen = (
-        ""
-        if weight.requires_grad
-        else " (The weight is frozen, but its .grad is not None, so the step would move it all the "
+    if layer is not None:
+        raise RuntimeError(
+            f"{name}.step: the weight of {layer} holds theta, and {name} would "
+            "train it as a plain weight, without the power. Two ways out: step it with pp.optim."
+            "PowerSGD, or let the layer store phi, which any optimizer may step: "
+            f"pp.powerize(pp.fold(model), alpha, stores='phi').{_hint(weight)}"
+        )
+    if freezing is not None:
+        raise RuntimeError(
+            f"{name}.step: {freezing} has an update_mask, and {name} would move the entries that "
+            "it freezes. Two ways out: step the weight with an optimizer of pp.optim, or set the "
+            f"layer's update_mask to None.{_hint(weight)}"
+        )
+
+
+def _hint(weight: Tensor) -> str:
+    if weight.requires_grad:
+        return ""
+    return (
+        " (The weight is frozen, but its .grad is not None, so the step would move it all the "
         "same: set .grad to None.)"
-    )
-    raise RuntimeError(
-        f"{name}.step: the weight of {layer} holds theta, and {name} would "
-        "train it as a plain weight, without the power. Two ways out: step it with pp.optim."
-        "PowerSGD, or let the layer store phi, which any optimizer may step: "
-        f"pp.powerize(pp.fold(model), alpha, stores='phi').{frozen}"
     )
 
 

@@ -55,7 +55,10 @@ class PowerLinear(Powered, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         # `theta` spelled out: a property, and a buffer looked up as an attribute, are dear here.
-        if self.stores == "theta":
-            return F.linear(input, self.weight, self.bias)
-        alpha: Any = self._buffers["alpha"]
-        return F.linear(input, Power.apply(self.weight, alpha), self.bias)
+        theta = self.weight
+        if self.stores == "phi":
+            alpha: Any = self._buffers["alpha"]
+            theta = Power.apply(theta, alpha)
+        if self._mask is not None:
+            theta = self._hide(theta)
+        return F.linear(input, theta, self.bias)

@@ -13,6 +13,7 @@ from ppkernels._checks import alpha_tensor, check_alpha, check_floating
 from ppkernels._powered import Keep, PoweredLayer, Stores, weight_parameter
 from ppkernels.autograd import Power
 from ppkernels.nn.checkpoint import refuse_to_convert, saved_alpha
+from ppkernels.nn.masks import Masked
 from ppkernels.ops import inverse_power, power, rebase
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -21,7 +22,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _NO_FLOAT64 = ("meta", "mps")
 
 
-class Powered(nn.Module):
+class Powered(Masked):
     """Makes a layer of torch.nn a powered one: ``class PowerLinear(Powered, nn.Linear)``.
 
     Attributes:
@@ -30,6 +31,17 @@ class Powered(nn.Module):
         stores: ``"theta"`` or ``"phi"``; fixed when the layer is made.
         alpha: α, a 0-dim float64 buffer. It follows the layer from device to device but keeps its
             dtype and its value through every cast; on devices without float64 it stays on the CPU.
+        update_mask: a `pp.BitMask` of the weight's shape, or None. An entry whose bit is 0 is
+            frozen: the optimizers of `pp.optim` keep its value and its state bit for bit, whatever
+            momentum, decay and clipping do; the steps of all other optimizers are refused.
+        mask: a `pp.BitMask` of the weight's shape, or None. An entry of θ whose bit is 0 is 0 to
+            the network and gets no gradient; the stored value survives and is seen again when the
+            bit is. Momentum and decay move it still, unless ``update_mask`` freezes it. Modules
+            that read ``weight`` themselves (nn.MultiheadAttention, the fast path of
+            nn.TransformerEncoderLayer) do not see the mask.
+
+    Both masks may be assigned at any time; a mask comes to the weight's device and follows the
+    layer. They go with the layer into copies, pickles and checkpoints, but are no buffers.
 
     Where φ is stored, whoever writes to ``weight`` writes φ: ``nn.init.kaiming_uniform_(weight)``
     draws φ, not θ. Draw θ aside and give it to `set_theta`, or use `pp.nn.init`.
@@ -38,7 +50,9 @@ class Powered(nn.Module):
     stored a 0-dim ``stores_phi``, 1, that says so. Loading converts: from φ to θ or back where
     checkpoint and layer store different things, and from a plain layer's checkpoint (neither key),
     whose values are θ and leave the layer's exponent as it is. Loading a checkpoint with an
-    exponent sets the layer's.
+    exponent sets the layer's. The words of the masks stand under ``update_mask`` and ``mask`` where
+    these are set; loading sets both masks, to None where a powered layer's checkpoint has none, and
+    leaves them as they are where the checkpoint is a plain layer's.
     """
 
     # Until a layer has its exponent it is a plain one, whose weight is θ.
@@ -78,15 +92,16 @@ class Powered(nn.Module):
 
     @property
     def theta(self) -> Tensor:
-        """The weight that the layer uses; differentiable with respect to ``weight``."""
+        """The weight that the network sees, ``mask`` applied; differentiable in ``weight``."""
         if self.stores == "theta":
-            return self.weight
-        return Power.apply(self.weight, self.alpha)
+            return self._hide(self.weight)
+        return self._hide(Power.apply(self.weight, self.alpha))
 
     def set_theta(self, values: Tensor) -> None:
-        """Overwrite ``weight`` in place so that `theta` equals ``values``.
+        """Overwrite ``weight`` in place so that `theta` equals ``values`` where ``mask`` shows it.
 
-        Exact where θ is stored; within α+1 ULP where φ is (float32, compiled CPU kernels).
+        All values are stored, those that are hidden or frozen too. Exact where θ is stored; within
+        α+1 ULP where φ is (float32, compiled CPU kernels).
 
         Args:
             values: θ, of the weight's shape; any floating dtype and device.
@@ -130,7 +145,7 @@ class Powered(nn.Module):
         return weight, list(layers.values())
 
     def become_plain(self) -> None:
-        """Turn into the plain layer again. The weight keeps its bits, so it must hold θ by now.
+        """Turn into the plain layer again, without masks. The weight must hold what `theta` is.
 
         The opposite of `give_alpha`, for those who take layers apart; `pp.fold` is the way for all
         others.
@@ -140,6 +155,7 @@ class Powered(nn.Module):
             self._buffers.pop(name, None)
         for name in ("stores", "plain_class"):
             self.__dict__.pop(name, None)
+        self._drop_masks()
         self.__class__ = plain_class  # type: ignore[assignment]
         _powered.dismiss(self)
 
@@ -151,7 +167,8 @@ class Powered(nn.Module):
 
     def extra_repr(self) -> str:
         plain = super().extra_repr()
-        return f"{plain}, alpha={self.alpha.item()}, stores={self.stores!r}"
+        masks = self._described_masks()
+        return f"{plain}, alpha={self.alpha.item()}, stores={self.stores!r}{masks}"
 
     # ---- where the weight's Parameter is exchanged, the registry hears of it
 
@@ -200,7 +217,8 @@ class Powered(nn.Module):
         return self
 
     def _place_buffers(self) -> None:
-        """Bring the layer's own buffers to its weight's device."""
+        """Bring the layer's own buffers and masks to its weight's device."""
+        self._place_masks()
         device = self.weight.device
         if device.type in _NO_FLOAT64:
             device = torch.device("cpu")
@@ -210,7 +228,7 @@ class Powered(nn.Module):
                 self._buffers[name] = buffer.to(device)
 
     def _share_buffers(self) -> None:
-        """After share_memory() the weight is shared, and processes need one exponent for it."""
+        """After share_memory() the weight is shared, and so is what belongs to it."""
         weight = self.weight
         if type(weight) is not nn.Parameter or weight.device.type != "cpu":
             return
@@ -218,6 +236,7 @@ class Powered(nn.Module):
             for name in ("alpha", "stores_phi"):
                 if name in self._buffers:
                     self._buffers[name].share_memory_()  # type: ignore[union-attr]
+            self._share_masks()
 
     # ---- checkpoints
 
@@ -232,6 +251,8 @@ class Powered(nn.Module):
         error_msgs: list[str],
     ) -> None:
         saved_phi = bool(state_dict.pop(prefix + "stores_phi", False))
+        is_powered = prefix + "alpha" in state_dict
+        masks = self._take_masks(state_dict, prefix, is_powered, error_msgs)
         alpha = saved_alpha(state_dict.get(prefix + "alpha"), self.alpha, prefix, error_msgs)
         if saved_phi != (self.stores == "phi"):
             if weight_parameter(self) is None:
@@ -255,6 +276,8 @@ class Powered(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        for name, mask in masks.items():
+            setattr(self, f"_{name}", mask)
         # With assign=True the weight may have come from another device.
         self._place_buffers()
         _powered.weights_changed()

@@ -1,8 +1,8 @@
-"""What `pp.powerize` refuses because somebody else reads, shares or has powered a weight."""
+"""What `pp.powerize` and `pp.fold` refuse because somebody else reads, shares or has a weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 from torch import nn
@@ -87,6 +87,22 @@ def check_ties(model: nn.Module, chosen: Chosen, stores: Stores) -> None:
                 _check_plain(pair, stores)
             elif wanted[id(other)] != alpha:
                 _disagree(pair, alpha, stores, wanted[id(other)], stores)
+
+
+def check_one_mask(model: nn.Module, layers: Mapping[str, Powered]) -> None:
+    """Whoever shares a weight that a mask hides in part has the same mask."""
+    owners = _owners(model)
+    for name, layer in layers.items():
+        weight = weight_parameter(layer)
+        if layer.mask is None or weight is None:
+            continue
+        for other, other_called in _others(layer, weight, owners):
+            if not is_powered(other) or cast(Powered, other).mask != layer.mask:
+                raise ValueError(
+                    f"fold: {called(name, layer)} and {other_called} share one weight, and the "
+                    "first hides a part of it that the second would lose; set its mask to None, "
+                    "or give both the same"
+                )
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -277,6 +278,7 @@ def test_a_bad_exponent_in_a_checkpoint_is_refused(alpha: object) -> None:
 def test_compiled_graphs_see_alpha_change() -> None:
     layer = nn.Sequential(linear("phi", 1.5), linear("phi", 2.0).requires_grad_(False))[:1]
     x = torch.randn(3, 6)
+    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for alpha, keep in [(1.5, "phi"), (2.0, "phi"), (2.7, "theta"), (1.0, "phi")]:

@@ -167,13 +167,16 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _laid_out(result: Tensor, out: Tensor) -> Tensor:
+    """``result`` in the memory layout of ``out``."""
+    return result if result.stride() == out.stride() else out.copy_(result)
+
+
 def _define(name: str) -> None:
     """Schema, shapes and reference kernel of one op."""
 
     def kernel(*args: Any) -> Tensor:
-        result: Tensor = getattr(reference, name)(*args)
-        out = _SHAPES[name](*args)
-        return result if result.stride() == out.stride() else out.copy_(result)
+        return _laid_out(getattr(reference, name)(*args), _SHAPES[name](*args))
 
     tags = (torch.Tag.pt2_compliant_tag,)
     torch.library.define(f"ppkernels::{name}", _SCHEMAS[name], tags=tags)
@@ -203,8 +206,10 @@ if importlib.util.find_spec("triton") is not None:
 
 def _apply(weight: Tensor, words: Tensor) -> Tensor:
     # PyTorch's own operations can do whatever torch.func asks for, and do it inside torch.compile.
-    if torch._C._are_functorch_transforms_active() or _backend.uses_reference():
+    if torch._C._are_functorch_transforms_active():
         return reference.apply_mask(weight, words)
+    if _backend.uses_reference():
+        return _laid_out(reference.apply_mask(weight, words), torch.empty_like(weight))
     return torch.ops.ppkernels.apply_mask.default(weight, words)
 
 

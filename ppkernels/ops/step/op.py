@@ -1,4 +1,5 @@
 """The fused step as PyTorch ops: public functions, schemas, kernels.
+Longer than 350 lines: two ops of the same many options, a third of it their docstrings.
 
 The CPU kernels register themselves from csrc/bindings/step.cpp when ppkernels._C is loaded.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_floating
+from ppkernels._checks import alpha_tensor, check_like
 from ppkernels.ops.step import reference
 
 Tensors = Sequence[Tensor]
@@ -29,7 +30,7 @@ def sgd_step_(
     masters: Tensors = (),
     masks: Tensors = (),
     alphas: Sequence[float | Tensor],
-    holds_phi: Sequence[bool] = (),
+    holds_phi: Sequence[bool | int] = (),
     lr: float,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -84,13 +85,13 @@ def sgd_step_(
 
     Source: Schwarz et al. 2021, section 2 and appendix (the virtual rule).
     """
-    lists = _checked("sgd_step_", weights, grads, masters, masks, alphas, holds_phi)
-    options = (float(lr), float(momentum), float(dampening), bool(nesterov), float(weight_decay))
-    words = (decay, decay_of, rule, bool(maximize), grad_scale, found_inf)
-    _check_options("sgd_step_", weight_decay, lr, *words[:3])
+    _check_options("sgd_step_", weight_decay, lr, decay, decay_of, rule)
+    lists = _lists("sgd_step_", weights, masters, masks, alphas, holds_phi)
+    options = (float(lr), float(momentum), float(dampening), nesterov, float(weight_decay))
+    words = (decay, decay_of, rule, maximize, grad_scale, found_inf)
+    step: Any = _sgd_reference if _backend.uses_reference() else torch.ops.ppkernels.sgd_step_
     with torch.no_grad():
-        step = _sgd_reference if _backend.uses_reference() else torch.ops.ppkernels.sgd_step_
-        step(lists[0], lists[1], list(momentum_buffers), *lists[2:], *options, *words)
+        step(list(weights), list(grads), list(momentum_buffers), *lists, *options, *words)
     _written(weights, momentum_buffers, masters)
 
 
@@ -105,7 +106,7 @@ def adam_step_(
     masters: Tensors = (),
     masks: Tensors = (),
     alphas: Sequence[float | Tensor],
-    holds_phi: Sequence[bool] = (),
+    holds_phi: Sequence[bool | int] = (),
     lr: float,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -142,53 +143,32 @@ def adam_step_(
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; Reddi et al. 2018; the powered step: Schwarz
     et al. 2021.
     """
-    lists = _checked("adam_step_", weights, grads, masters, masks, alphas, holds_phi)
+    _check_options("adam_step_", weight_decay, lr, decay, decay_of, rule)
+    lists = _lists("adam_step_", weights, masters, masks, alphas, holds_phi)
     states = (list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(steps))
     options = (float(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
-    words = (decay, decay_of, rule, bool(maximize), grad_scale, found_inf)
-    _check_options("adam_step_", weight_decay, lr, *words[:3])
+    words = (decay, decay_of, rule, maximize, grad_scale, found_inf)
+    step: Any = _adam_reference if _backend.uses_reference() else torch.ops.ppkernels.adam_step_
     with torch.no_grad():
-        step = _adam_reference if _backend.uses_reference() else torch.ops.ppkernels.adam_step_
-        step(lists[0], lists[1], *states, *lists[2:], *options, *words)
+        step(list(weights), list(grads), *states, *lists, *options, *words)
     _written(weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps)
 
 
-def _checked(
+def _lists(
     op: str,
     weights: Tensors,
-    grads: Tensors,
     masters: Tensors,
     masks: Tensors,
     alphas: Sequence[float | Tensor],
-    holds_phi: Sequence[bool],
-) -> tuple[list[Any], ...]:
-    """The lists as the raw ops take them; what they hold is checked there."""
-    for name, value in (("weights", weights), ("grads", grads), ("alphas", alphas)):
-        if isinstance(value, Tensor) or not isinstance(value, Sequence):
-            raise TypeError(f"{op}: {name} must be a list, got {type(value).__name__}")
-        if len(value) != len(weights):
-            raise ValueError(
-                f"{op}: {name} must have an entry for each of the {len(weights)} weights, "
-                f"got {len(value)}"
-            )
-    for weight, grad in zip(weights, grads, strict=True):
-        check_floating(op, "weights", weight)
-        check_floating(op, "grads", grad)
-        if weight.device != weights[0].device:
-            raise ValueError(
-                f"{op}: weights must be on one device, got {weights[0].device} and {weight.device}"
-            )
-    return (
-        list(weights),
-        list(grads),
-        list(masters),
-        list(masks),
-        [
-            alpha_tensor(op, alpha, weight.device, "alphas")
-            for alpha, weight in zip(alphas, weights, strict=True)
-        ],
-        [int(holds) for holds in holds_phi],
-    )
+    holds_phi: Sequence[bool | int],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """What both ops take about the weights. The tensors are checked by the kernel."""
+    device = weights[0].device if len(weights) else None
+    exponents = [
+        alpha if isinstance(alpha, Tensor) else alpha_tensor(op, alpha, device, "alphas")
+        for alpha in alphas
+    ]
+    return list(masters), list(masks), exponents, list(map(int, holds_phi))
 
 
 def _check_options(
@@ -231,6 +211,26 @@ _SCHEMAS = {
     + _FORM.format(own="float beta1, float beta2, float eps")
     + ") -> ()",
 }
+
+
+def _check_tensors(op: str, weights: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
+    """As the compiled kernels check: an entry for each weight, shaped like it; or none at all."""
+    for name, tensors in lists.items():
+        if len(tensors) != len(weights) and (tensors or name in ("grads", "alphas", "steps")):
+            raise ValueError(
+                f"{op}: {name} must have an entry for each of the {len(weights)} weights, "
+                f"got {len(tensors)}"
+            )
+    for i, weight in enumerate(weights):
+        check_like(op, "grads", lists["grads"][i], "its weight", weight)
+        alpha_tensor(op, lists["alphas"][i], weight.device, "alphas")
+        for name in set(lists) - {"grads", "alphas", "steps", "masks"}:
+            state = _entry(lists[name], i)
+            if state is not None and state.shape != weight.shape:
+                raise ValueError(
+                    f"{op}: {name} must have the shape of its weight, {tuple(weight.shape)}, "
+                    f"got {tuple(state.shape)}"
+                )
 
 
 def _form(
@@ -288,6 +288,8 @@ def _sgd_reference(
     nesterov: bool,
     *words: Any,
 ) -> None:
+    lists = {"momentum_buffers": momentum_buffers, "masters": masters, "masks": masks}
+    _check_tensors("sgd_step_", weights, {"grads": grads, "alphas": alphas, **lists})
     if words[-1] is not None and words[-1].item() != 0:
         return
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
@@ -319,6 +321,9 @@ def _adam_reference(
     eps: float,
     *words: Any,
 ) -> None:
+    lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
+    lists = {**lists, "steps": steps, "masters": masters, "masks": masks}
+    _check_tensors("adam_step_", weights, {"grads": grads, "alphas": alphas, **lists})
     if words[-1] is not None and words[-1].item() != 0:
         return
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):

@@ -1,0 +1,109 @@
+"""Which weights one call of the fused step takes, and what their layers say of each."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppkernels import _powered
+from ppkernels._checks import alpha_tensor
+
+# What the fused step takes for "α = 1" and for "no mask".
+_ONE = torch.tensor(1.0, dtype=torch.float64, device="cpu")
+_NO_WORDS = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+@dataclass
+class Batch:
+    """The parameters of a group that one call of the fused step takes, and how each is stepped.
+
+    Attributes:
+        params: the parameters with a gradient, all on one device.
+        alphas: a 0-dim float64 tensor each; its value is read at each step.
+        masks: the words of each update mask, those of no elements for none; an empty list if there
+            is no mask at all.
+        holds_phi: 1 for a weight that holds φ, else 0.
+        generation: the registry's when this was found out.
+        group_alpha: the group's own exponent at that moment.
+    """
+
+    params: list[Tensor]
+    alphas: list[Tensor]
+    masks: list[Tensor]
+    holds_phi: list[int]
+    generation: object
+    group_alpha: float | Tensor | None
+
+    def is_for(self, params: list[Tensor], group_alpha: float | Tensor | None) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            self.generation is _powered.generation()
+            and self.group_alpha is group_alpha
+            and len(params) == len(self.params)
+            and all(map(operator.is_, params, self.params))
+        )
+
+    def only(self, chosen: list[int]) -> Batch:
+        """The batch of some of the parameters, by their places."""
+
+        def pick(values: list[Any]) -> list[Any]:
+            return [values[i] for i in chosen] if values else []
+
+        return replace(
+            self,
+            params=pick(self.params),
+            alphas=pick(self.alphas),
+            masks=pick(self.masks),
+            holds_phi=pick(self.holds_phi),
+        )
+
+
+def batch_of(optimizer: str, params: list[Tensor], group_alpha: float | Tensor | None) -> Batch:
+    """What the layers of ``params``, which are on one device, say at this moment."""
+    # Taken first: what changes meanwhile makes the batch old again.
+    generation = _powered.generation()
+    alphas, masks, holds_phi = [], [], []
+    for parameter in params:
+        # Where torch.nn.utils has replaced the weight, the parameter is not what the layer means;
+        # one that holds θ is refused there.
+        theta_layer = _powered.theta_layer(parameter)
+        layers = _powered.layers_of(parameter)
+        own = [layer for layer in layers if _powered.weight_parameter(layer) is parameter]
+        if own:
+            alpha = own[0].alpha
+        elif group_alpha is None or layers:
+            alpha = _ONE
+        else:
+            alpha = alpha_tensor(optimizer, group_alpha, parameter.device)
+        masked = [layer.update_mask for layer in own if layer.update_mask is not None]
+        alphas.append(alpha)
+        masks.append(masked[0].words if masked else _NO_WORDS)
+        holds_phi.append(int(bool(layers) and theta_layer is None))
+    if all(words is _NO_WORDS for words in masks):
+        masks = []
+    return Batch(params, alphas, masks, holds_phi, generation, group_alpha)
+
+
+def check_owners(optimizer: str, parameter: Tensor, group_alpha: float | Tensor | None) -> None:
+    """The layers that share ``parameter`` agree with each other, and with the group."""
+    layers = _powered.layers_of(parameter)
+    if layers and group_alpha is not None:
+        raise ValueError(
+            f"{optimizer}: a group with an alpha of its own has the weight of {layers[0]}, which "
+            "has its layer's; put it into another group"
+        )
+    if len({(layer.stores, float(layer.alpha)) for layer in layers}) > 1:
+        raise ValueError(
+            f"{optimizer}: {' and '.join(map(str, layers))} share one weight, so they need the "
+            "same alpha and stores"
+        )
+    masks = [layer.update_mask for layer in layers if layer.update_mask is not None]
+    if any(mask != masks[0] for mask in masks[1:]):
+        raise ValueError(
+            f"{optimizer}: {' and '.join(map(str, layers))} share one weight, so their update "
+            "masks have to be equal"
+        )

@@ -1,0 +1,252 @@
+"""What the Power optimizers share: which weights hold θ, options, checkpoints, the step around."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from ppkernels import _powered
+from ppkernels._checks import alpha_tensor, check_alpha
+from ppkernels.optim.batch import Batch, batch_of, check_owners
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Rule = Literal["virtual", "chain"]
+Decay = Literal["coupled", "decoupled"]
+DecayOf = Literal["theta", "phi"]
+# Loss scale, and the number that is not 0 where a gradient is not finite: a GradScaler's.
+Scaling = tuple[Tensor | None, Tensor | None]
+
+_WORDS = {"rule": get_args(Rule), "decay": get_args(Decay), "decay_of": get_args(DecayOf)}
+
+_HALF = (torch.bfloat16, torch.float16)
+
+# What the fused step takes for "no master copy".
+_NO_MASTER = torch.empty(0, device="cpu")
+
+
+class PowerOptimizer(Optimizer):
+    """The part of an optimizer that knows layers, options and checkpoints; see its subclasses."""
+
+    # For the hook that refuses other optimizers, and for torch.amp.GradScaler: unscaling the
+    # gradients and skipping the step are part of the fused pass.
+    steps_theta = True
+    _step_supports_amp_scaling = True
+
+    # The registry's generation when the layers that share a weight were last found to agree.
+    _agreed: object = None
+
+    def __init__(self, params: nn.Module | Parameters, defaults: dict[str, Any]) -> None:
+        self._batches: dict[int, list[Batch]] = {}
+        super().__init__(
+            params.parameters() if isinstance(params, nn.Module) else params,
+            {**defaults, "alpha": None},
+        )
+
+    # ---- for subclasses
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise unless ``options`` are those of a group; a subclass adds its own."""
+        name = type(self).__name__
+        for option in ("lr", "weight_decay"):
+            self.check_number(option, options[option], at_least=0)
+        for option, words in _WORDS.items():
+            if options[option] not in words:
+                raise ValueError(
+                    f"{name}: {option} must be {words[0]!r} or {words[1]!r}, "
+                    f"got {options[option]!r}"
+                )
+        lr, decay = float(options["lr"]), float(options["weight_decay"])
+        if options["decay"] == "decoupled" and lr * decay >= 1:
+            raise ValueError(
+                f"{name}: decoupled decay multiplies weights by 1 - lr * weight_decay, which must "
+                f"be positive; got lr {lr} and weight_decay {decay}"
+            )
+        alpha = options["alpha"]
+        if isinstance(alpha, Tensor):
+            alpha = alpha_tensor(name, alpha, alpha.device).item()
+        if alpha is not None:
+            check_alpha(name, alpha)
+
+    def check_number(
+        self, name: str, value: Any, *, at_least: float = -math.inf, below: float = math.inf
+    ) -> None:
+        """Raise unless ``value`` is a finite number in [at_least, below)."""
+        optimizer = type(self).__name__
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # A scheduler may want the learning rate as a tensor.
+        is_lr_tensor = name == "lr" and isinstance(value, Tensor) and value.numel() == 1
+        if not is_number and not is_lr_tensor:
+            raise TypeError(f"{optimizer}: {name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{optimizer}: {name} must be a finite number, got {float(value)}")
+        if not at_least <= value < below:
+            wanted = f">= {at_least}" + (f" and < {below}" if below < math.inf else "")
+            raise ValueError(f"{optimizer}: {name} must be a number {wanted}, got {float(value)}")
+
+    def step_batch(
+        self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: Scaling
+    ) -> None:
+        """Take the fused step for the parameters of ``batch``.
+
+        Args:
+            group: the options.
+            batch: the parameters and how each is stepped.
+            grads: their gradients.
+            scaling: the loss scale and the number that is not 0 where a gradient is not finite, as
+                a GradScaler gives them, or None.
+        """
+        raise NotImplementedError
+
+    def zero_state(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """A new state for ``parameter``: float32 beside a master copy, else of its own dtype."""
+        is_wide = group["master_weights"] and parameter.dtype in _HALF
+        dtype = torch.float32 if is_wide else parameter.dtype
+        return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+
+    def masters(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """The float32 master copies of ``params``, made where they are missing."""
+        if not group["master_weights"]:
+            return []
+        masters = []
+        for parameter in params:
+            if parameter.dtype not in _HALF:
+                masters.append(_NO_MASTER)
+                continue
+            state = self.state[parameter]
+            if "master" not in state:
+                state["master"] = parameter.detach().to(torch.float32)
+            masters.append(state["master"])
+        return masters
+
+    # ---- torch.optim.Optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as any torch optimizer does; its options are checked."""
+        self.check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        _powered.refresh()
+        try:
+            for parameter in param_group["params"]:
+                check_owners(type(self).__name__, parameter, param_group["alpha"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over another optimizer's state; options that it lacks stay this optimizer's own.
+
+        So the state_dict of the torch optimizer of the same formula may be loaded, state and all.
+        """
+        own = {**state.get("defaults", getattr(self, "defaults", {}))}
+        for values in state.get("state", {}).values():
+            # torch.optim.SGD without momentum.
+            if isinstance(values, dict) and values.get("momentum_buffer", values) is None:
+                del values["momentum_buffer"]
+        groups = [{**own, **self.translated(group)} for group in state.get("param_groups", [])]
+        for group in groups:
+            self.check_options(group)
+        self._batches = {}
+        super().__setstate__({**state, "param_groups": groups})
+
+    def translated(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options of another optimizer's ``group`` in this one's words."""
+        return group
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any torch optimizer; float32 states beside half weights stay float32."""
+        super().load_state_dict(state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for key, parameter in zip(saved, own, strict=True):
+            # The base class has cast them to the parameter's dtype.
+            for name, value in state_dict["state"].get(key, {}).items():
+                is_wide = isinstance(value, Tensor) and value.dtype == torch.float32
+                if is_wide and name != "step" and parameter.dtype in _HALF:
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    # Looking for a weight's layers is nothing that a graph could hold. torch.optim's own way to say
+    # so: torch.compiler.disable would import the compiler, and Triton, with this module.
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; ``closure``, if given, computes the loss anew and returns it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._look_at_layers()
+        # Attributes that a GradScaler sets for the time of the call.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for batch in self._batches_of(group, params):
+                device = batch.params[0].device
+                scaling = (_on(device, grad_scale), _on(device, found_inf))
+                self._step_checked(group, batch, scaling)
+        return loss
+
+    def _step_checked(self, group: dict[str, Any], batch: Batch, scaling: Scaling) -> None:
+        grads: list[Any] = [parameter.grad for parameter in batch.params]
+        try:
+            self.step_batch(group, batch, grads, scaling)
+        except (RuntimeError, TypeError):
+            # The fused step checks its tensors before it changes any. What it does not take may be
+            # a gradient that only wants a cast, or a better word.
+            dense = [_dense_grad(type(self).__name__, parameter) for parameter in batch.params]
+            if all(map(operator.is_, dense, grads)):
+                raise
+            self.step_batch(group, batch, dense, scaling)
+
+    # ---- layers
+
+    def _look_at_layers(self) -> None:
+        """Before a step: which weights hold θ may be another matter than at the last one."""
+        _powered.notice_exchanges()
+        generation = _powered.generation()
+        if self._agreed is generation:
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                check_owners(type(self).__name__, parameter, group["alpha"])
+        self._agreed = generation
+
+    def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Batch]:
+        """The group's parameters with a gradient, one batch for each device."""
+        known = self._batches.get(id(group))
+        if known is not None and len(known) == 1 and known[0].is_for(params, group["alpha"]):
+            return known
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for parameter in params:
+            by_device.setdefault(parameter.device, []).append(parameter)
+        name = type(self).__name__
+        batches = [batch_of(name, some, group["alpha"]) for some in by_device.values()]
+        self._batches[id(group)] = batches
+        return batches
+
+
+def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
+    return number if number is None or number.device == device else number.to(device)
+
+
+def _dense_grad(optimizer: str, parameter: Tensor) -> Tensor:
+    grad = parameter.grad
+    assert grad is not None
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{optimizer}: gradients must be dense, got {grad.layout} for a parameter of shape "
+            f"{tuple(parameter.shape)}; use Embedding(sparse=False)"
+        )
+    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
