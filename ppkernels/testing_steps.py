@@ -6,9 +6,10 @@ step in φ-space, by the formulas of the ops' docstrings, on float64 tensors or 
 `check_step` compares with it, and `check_steps` is what `ppkernels.testing.check_values` calls.
 
 The rule: what φ moves by may err by 8 machine epsilons of itself, plus half a one for each power of
-two between |θ| and 1 (a logarithm is rounded there); the weight that this gives may err by `FLOORS`
-units in the last place (ULP) more. A state may err by as much of the terms that it is a sum of. The
-epsilon of the half types is float32's.
+two between |θ| and 1 (a logarithm is rounded there), and twice as much by the chain rule on θ,
+which multiplies by two powers; the weight that this gives may err by `FLOORS` units in the last
+place (ULP) more. A state may err by one power's share of the terms that it is a sum of. The epsilon
+of the half types is float32's.
 """
 
 from __future__ import annotations
@@ -289,7 +290,8 @@ def exact_step(
     keep = kept if o["decay_of"] == "phi" else kept ** (1 / exponent)
     delta = u.times(o["lr"] * (slope if o["rule"] == "virtual" and not holds_phi else 1))
     reach = (8 + _log2_size(theta) / 2) * eps
-    moved, off = keep * phi - delta.value, reach * delta.size
+    powers = 2 if o["rule"] == "chain" and not holds_phi else 1
+    moved, off = keep * phi - delta.value, powers * reach * delta.size
     value, low, high = (
         x if holds_phi else _power(x, exponent) for x in (moved, moved - off, moved + off)
     )

@@ -77,8 +77,9 @@ def sgd_step_(
         found_inf: where it is not 0, nothing at all is done.
 
     Exactness: float32 and the half types in float32, float64 in float64. What φ moves by is good to
-    2^-20 of itself; θ' is rounded from there as θ·(1 + small). A step of zero leaves θ bit-equal.
-    θ = 0 stays 0 for α > 1. What is not finite stays so.
+    2^-20 of itself, and 2^-24 more for each power of two between |θ| and 1; twice that by the chain
+    rule. θ' is rounded from there, within 2 ULP. A step of zero leaves θ bit-equal, and θ = 0 stays
+    0 for α > 1. What is not finite stays so.
 
     Raises:
         TypeError, ValueError, RuntimeError: tensors that do not go together, options out of range.
