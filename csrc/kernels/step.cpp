@@ -450,9 +450,9 @@ struct Step {
   PPKERNELS_INLINE void at(const Rows<W, S>& rows, int64_t i) const {
     constexpr bool kMayHaveMaster = sizeof(W) < sizeof(S);
     const V stored = load_as<V>(rows.weight + i);
-    V weight = stored;
+    V weight = stored, master = stored;
     if (kMayHaveMaster && rows.master != nullptr) {
-      const V master = load_as<V>(rows.master + i);
+      master = load_as<V>(rows.master + i);
       weight = select(rounded_to<W>(master) == stored, master, stored);
     }
     V before[3], state[3];
@@ -466,7 +466,7 @@ struct Step {
     V shown = moved;
     if (rows.mask != nullptr) {
       const auto is_free = mask_as<V>(rows.mask, i);
-      moved = select(is_free, moved, weight);
+      moved = select(is_free, moved, master);
       shown = select(is_free, shown, stored);
       for (int k = 0; k < kStates; ++k) state[k] = select(is_free, state[k], before[k]);
     }

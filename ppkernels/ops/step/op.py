@@ -270,9 +270,9 @@ def _overwrite(weight: Tensor, master: Tensor | None, free: Tensor | None, stepp
     if master is None:
         weight.copy_(stepped)
         return
-    master.copy_(stepped)
-    shown = stepped.to(weight.dtype)
-    weight.copy_(shown if free is None else torch.where(free, shown, weight))
+    for tensor in (weight, master):
+        moved = stepped.to(tensor.dtype)
+        tensor.copy_(moved if free is None else torch.where(free, moved, tensor))
 
 
 def _sgd_reference(
