@@ -214,18 +214,21 @@ _SCHEMAS = {
 }
 
 
-def _check_tensors(op: str, weights: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
+_OPTIONAL = ("momentum_buffers", "max_exp_avg_sqs", "masters", "masks", "holds_phi")
+
+
+def _check_tensors(op: str, weights: list[Tensor], lists: dict[str, Sequence[Any]]) -> None:
     """As the compiled kernels check: an entry for each weight, shaped like it; or none at all."""
-    for name, tensors in lists.items():
-        if len(tensors) != len(weights) and (tensors or name in ("grads", "alphas", "steps")):
+    for name, entries in lists.items():
+        if len(entries) != len(weights) and (entries or name not in _OPTIONAL):
             raise ValueError(
                 f"{op}: {name} must have an entry for each of the {len(weights)} weights, "
-                f"got {len(tensors)}"
+                f"got {len(entries)}"
             )
     for i, weight in enumerate(weights):
         check_like(op, "grads", lists["grads"][i], "its weight", weight)
         alpha_tensor(op, lists["alphas"][i], weight.device, "alphas")
-        for name in set(lists) - {"grads", "alphas", "steps", "masks"}:
+        for name in set(lists) - {"grads", "alphas", "steps", "masks", "holds_phi"}:
             state = _entry(lists[name], i)
             if state is not None and state.shape != weight.shape:
                 raise ValueError(
@@ -289,8 +292,9 @@ def _sgd_reference(
     nesterov: bool,
     *words: Any,
 ) -> None:
-    lists = {"momentum_buffers": momentum_buffers, "masters": masters, "masks": masks}
-    _check_tensors("sgd_step_", weights, {"grads": grads, "alphas": alphas, **lists})
+    lists: dict[str, Sequence[Any]] = {"grads": grads, "alphas": alphas, "holds_phi": holds_phi}
+    lists |= {"momentum_buffers": momentum_buffers, "masters": masters, "masks": masks}
+    _check_tensors("sgd_step_", weights, lists)
     if words[-1] is not None and words[-1].item() != 0:
         return
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
@@ -322,9 +326,10 @@ def _adam_reference(
     eps: float,
     *words: Any,
 ) -> None:
-    lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
-    lists = {**lists, "steps": steps, "masters": masters, "masks": masks}
-    _check_tensors("adam_step_", weights, {"grads": grads, "alphas": alphas, **lists})
+    lists: dict[str, Sequence[Any]] = {"grads": grads, "alphas": alphas, "holds_phi": holds_phi}
+    lists |= {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
+    lists |= {"steps": steps, "masters": masters, "masks": masks}
+    _check_tensors("adam_step_", weights, lists)
     if words[-1] is not None and words[-1].item() != 0:
         return
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
