@@ -264,7 +264,7 @@ def _free(words: Tensor | None, weight: Tensor) -> Tensor | None:
     return free
 
 
-def _entry(tensors: list[Tensor], i: int) -> Tensor | None:
+def _entry(tensors: Sequence[Tensor], i: int) -> Tensor | None:
     """Entry ``i`` of a list that may be empty, and whose entries without elements say "none"."""
     return tensors[i] if tensors and tensors[i].numel() else None
 
