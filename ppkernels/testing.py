@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ppkernels import ops, reference
+from ppkernels.testing_steps import check_steps
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -286,6 +287,9 @@ SAMPLES: dict[str, Op] = {
     "rebase": _elementwise("rebase", 1, _ALPHA_PAIRS),
 }
 
+# Ops on lists of tensors, in place: their cases and their rule are in ppkernels/testing_steps.py.
+STEPS = ("sgd_step_", "adam_step_")
+
 # The floors, in ULP. The half types are computed in float32 and rounded once.
 _HALF = {torch.bfloat16: 0.51, torch.float16: 0.51}
 TOLERANCES: dict[str, dict[torch.dtype, float]] = {
@@ -373,12 +377,14 @@ def check_values(op: str, device: str = "cpu", dtypes: tuple[torch.dtype, ...] =
     Takes less than two seconds on a CPU, so that a benchmark can call it before it times an op.
 
     Args:
-        op: a name in `SAMPLES`.
+        op: a name in `SAMPLES`, or one of `STEPS`.
         device: where the op runs.
         dtypes: the dtypes to go through.
 
-    Errors name op, dtype, exponent, layout, index, inputs, and both values.
+    Errors name op, dtype, exponent, layout or options, index, inputs, and both values.
     """
+    if op in STEPS:
+        return check_steps(op, device, dtypes)
     row = SAMPLES[op]
     for dtype in dtypes:
         for sample in row.samples(dtype, device):

@@ -239,11 +239,13 @@ class StepCounts {
  public:
   StepCounts(double beta1, double beta2) : beta1_(beta1), beta2_(beta2) {}
 
-  void advance(const char* op, const Tensor& step, StepTensor& tensor) {
-    if (!step.is_cpu() || step.scalar_type() != ScalarType::Float || step.numel() != 1) {
-      require(false, op, ": steps must be float32 tensors of one number on the CPU, got ",
-              described(step));
-    }
+  static void check(const char* op, const Tensor& step) {
+    if (step.is_cpu() && step.scalar_type() == ScalarType::Float && step.numel() == 1) return;
+    require(false, op, ": steps must be float32 tensors of one number on the CPU, got ",
+            described(step));
+  }
+
+  void advance(const Tensor& step, StepTensor& tensor) {
     const float count = ++*step.mutable_data_ptr<float>();
     if (count != count_) {
       count_ = count;
@@ -283,8 +285,10 @@ void adam_step(Tensors weights, Tensors grads, Tensors exp_avgs, Tensors exp_avg
   options.eps = eps;
   if (found_inf_in(op, found_inf)) return;
   std::vector<Entry> entries = entries_of(a);
+  // All of them before the first is counted up: a call that fails changes nothing.
+  for (const Tensor& step : steps) StepCounts::check(op, step);
   StepCounts counts(beta1, beta2);
-  for (size_t i = 0; i < weights.size(); ++i) counts.advance(op, steps[i], entries[i].tensor);
+  for (size_t i = 0; i < weights.size(); ++i) counts.advance(steps[i], entries[i].tensor);
   run(entries, options, step_kernels(isa()).adam);
 }
 

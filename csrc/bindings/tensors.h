@@ -106,10 +106,21 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// New memory of the sizes and strides of `layout`, which is dense, and of the dtype of `t`.
+inline Tensor empty_in(const Tensor& layout, const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dim(), layout.sizes().data(),
+                                                         layout.strides().data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // `t` as a block of memory in the element order of `layout`, which is dense; a copy if need be.
 inline Tensor arranged_like(const Tensor& t, const Tensor& layout) {
   if (same_strides(t, layout)) return t;
-  Tensor copy = torch::stable::empty_like(layout);
+  Tensor copy = empty_in(layout, t);
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -117,14 +128,7 @@ inline Tensor arranged_like(const Tensor& t, const Tensor& layout) {
 // As torch::stable::empty_like, which costs half a microsecond more: it goes through the
 // dispatcher.
 inline Tensor empty_as(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::empty_like(t);
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(t.dim(), t.sizes().data(),
-                                                         t.strides().data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return t.is_contiguous() ? empty_in(t, t) : torch::stable::empty_like(t);
 }
 
 // Whether two blocks of memory share bytes without being the same block.

@@ -29,15 +29,15 @@ namespace {
 struct Motion {
   Motion(const StepOptions& options, const StepTensor& tensor, double lr_)
       : alpha(tensor.alpha), lr(lr_), chain(options.chain) {
-    const double kept = options.decoupled ? 1 - options.lr * options.weight_decay : 1;
+    const double rate = options.decoupled ? options.lr * options.weight_decay : 0;
     const bool is_plain = tensor.alpha == 1 || tensor.holds_phi;
     // The factors of φ and of θ; they differ by the exponent.
     if (options.decay_of_phi || tensor.alpha == 1) {
-      keep_phi = kept;
-      keep_theta = kept == 1 ? 1 : pow(kept, tensor.alpha);
+      keep_phi = 1 - rate;
+      keep_theta = exp(tensor.alpha * log1p(-rate));
     } else {
-      keep_phi = kept == 1 ? 1 : pow(kept, 1 / tensor.alpha);
-      keep_theta = kept;
+      keep_phi = exp(log1p(-rate) / tensor.alpha);
+      keep_theta = 1 - rate;
     }
     keep_stored = is_plain ? keep_phi : keep_theta;
   }
@@ -46,8 +46,15 @@ struct Motion {
   double operator()(double theta, double u) const {
     if (theta == 0) return isfinite(u) ? theta : 0 * u;
     const double phi = copysign(pow(fabs(theta), 1 / alpha), theta);
-    const double delta = -lr * u * (chain ? 1 : alpha * pow(fabs(phi), alpha - 1));
-    if (delta == 0) return theta * keep_theta;
+    const double delta = -lr * u * (chain ? 1 : alpha * pow(fabs(theta), (alpha - 1) / alpha));
+    const double kept = theta * keep_theta;
+    if (delta == 0) return kept;
+    // The power of a rounded φ loses bits, so that a step that is small beside it starts at θ.
+    const double r = delta / (keep_phi * phi);
+    if (fabs(r) < 0.5) {
+      const double y = alpha * log1p(r);
+      return fabs(y) < 0.5 ? kept + kept * expm1(y) : kept * exp(y);
+    }
     const double moved = keep_phi * phi + delta;
     return copysign(pow(fabs(moved), alpha), moved);
   }
@@ -162,7 +169,9 @@ class Far {
     // At θ = 0, and where θ has no power, this is noise.
     const f32v base = 1.0f - times_sign(u * factor_(abs(theta)), theta);
     const f32v a = abs(base);
-    f32v result = keep_.of(theta) * with_sign(is_special(a) ? a : power_(a), base);
+    // θ last: with a small one, any other product could be subnormal and lose its last bits.
+    const f32v power = with_sign(is_special(a) ? a : power_(a), base);
+    const f32v result = theta * keep_.of(power);
     const i32v is_regular = (a <= splat(largest_)) & (theta != splat(0.0f));
     return any(~is_regular) ? one_by_one(theta, u, is_regular, result) : result;
   }
@@ -248,17 +257,14 @@ class Multiplied {
       coefficient *= (motion.alpha - k) / (k + 1);
       terms_[k] = splat((float)coefficient);
     }
-    // The first term left away is below 2^-27 there. A finite series holds up to the change of
-    // sign.
+    // The first term left away is below 2^-27 there, and 1 + x is 1/4 or more, which leaves the sum
+    // most of its bits where a step brings θ close to 0.
     const double rest = fabs(coefficient * (motion.alpha - kTerms) / (kTerms + 1));
-    const double near = rest == 0 ? 1 : pow(0x1p-27 / rest, 1.0 / (kTerms + 1));
-    near_ = (i32v)bits(splat((float)(near > 1 ? 1 : near)));
-    if (motion.alpha > Power::kLargestExponent) {
-      // Terms may overflow, so no step is near: each takes the other path, −1 being below all
-      // sizes.
-      for (f32v& term : terms_) term = splat(0.0f);
-      near_ = i32v{} - 1;
-    }
+    const double series = rest == 0 ? 1 : pow(0x1p-27 / rest, 1.0 / (kTerms + 1));
+    const double limit = motion.alpha < 2 ? 0.5 : 1 / motion.alpha;
+    near_ = (i32v)bits(splat((float)(series > limit ? limit : series)));
+    // Terms beyond float32: no r is near.
+    if (motion.alpha > kLargestAlpha) near_ = i32v{} - 1;
   }
 
   template <class V>
@@ -281,6 +287,8 @@ class Multiplied {
 
  private:
   static constexpr int kTerms = 6;
+  // α^6 / 6! is a float.
+  static constexpr double kLargestAlpha = 0x1p21;
 
   PPKERNELS_INLINE f32v corrected(f32v result, u32v size, f32v theta, f32v u) const {
     return (i32v)size > near_ ? (*far_)(theta, u) : result;
@@ -335,22 +343,21 @@ class Virtual {
 class Chain {
  public:
   Chain(const Motion& motion, Far* far)
-      : multiplied_(motion, far), root_(1 / motion.alpha), alpha_(splat((float)motion.alpha)),
-        rate_(splat((float)-Far::rate(motion))) {}
+      : multiplied_(motion, far), slope_(1 - 1 / motion.alpha, motion.alpha),
+        rate_(splat((float)(-Far::rate(motion) / motion.alpha))) {}
 
   template <class V>
   struct Point {
-    V slope, inverse;  // α|φ|^(α−1) and 1/|φ|; both 0 at 0
+    V slope, inverse;  // α|φ|^(α−1) and α/|φ|; both 0 at 0
     PPKERNELS_INLINE V gradient(const V& grad) const { return grad * slope; }
   };
 
   template <class V>
   PPKERNELS_INLINE Point<V> at(const V& theta) const {
-    const V a = abs(theta), root = root_(a);
+    // The slope itself, not by way of 1/|φ|, which is no float for the smallest θ.
+    const V a = abs(theta), slope = slope_(a);
     const auto is_zero = a == splat(0.0f);
-    // Each by a division of its own: 1/|φ| may be infinite where the slope is not.
-    return {select(is_zero, splat(0.0f), alpha_ * (a / root)),
-            select(is_zero, splat(0.0f), splat(1.0f) / root)};
+    return {select(is_zero, splat(0.0f), slope), select(is_zero, splat(0.0f), slope / a)};
   }
 
   template <class V>
@@ -360,8 +367,8 @@ class Chain {
 
  private:
   Multiplied multiplied_;
-  ShortPower root_;
-  f32v alpha_, rate_;
+  ShortPower slope_;
+  f32v rate_;
 };
 
 // ---- optimizers: from gradient and states to a direction
@@ -468,9 +475,9 @@ struct Step {
   PPKERNELS_INLINE void at(const Rows<W, S>& rows, int64_t i) const {
     constexpr bool kMayHaveMaster = sizeof(W) < sizeof(S);
     const V stored = load_as<V>(rows.weight + i);
-    V weight = stored;
+    V weight = stored, master = stored;
     if (kMayHaveMaster && rows.master != nullptr) {
-      const V master = load_as<V>(rows.master + i);
+      master = load_as<V>(rows.master + i);
       weight = select(rounded_to<W>(master) == stored, master, stored);
     }
     V before[3], state[3];
@@ -484,7 +491,7 @@ struct Step {
     V shown = moved;
     if (rows.mask != nullptr) {
       const auto is_free = mask_as<V>(rows.mask, i);
-      moved = select(is_free, moved, weight);
+      moved = select(is_free, moved, master);
       shown = select(is_free, shown, stored);
       for (int k = 0; k < kStates; ++k) state[k] = select(is_free, state[k], before[k]);
     }

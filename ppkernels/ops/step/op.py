@@ -77,8 +77,9 @@ def sgd_step_(
         found_inf: where it is not 0, nothing at all is done.
 
     Exactness: float32 and the half types in float32, float64 in float64. What φ moves by is good to
-    2^-20 of itself; θ' is rounded from there as θ·(1 + small). A step of zero leaves θ bit-equal.
-    θ = 0 stays 0 for α > 1. What is not finite stays so.
+    2^-20 of itself, and 2^-24 more for each power of two between |θ| and 1; twice that by the chain
+    rule. θ' is rounded from there, within 2 ULP. A step of zero leaves θ bit-equal, and θ = 0 stays
+    0 for α > 1. What is not finite stays so.
 
     Raises:
         TypeError, ValueError, RuntimeError: tensors that do not go together, options out of range.
@@ -213,18 +214,21 @@ _SCHEMAS = {
 }
 
 
-def _check_tensors(op: str, weights: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
+_OPTIONAL = ("momentum_buffers", "max_exp_avg_sqs", "masters", "masks", "holds_phi")
+
+
+def _check_tensors(op: str, weights: list[Tensor], lists: dict[str, Sequence[Any]]) -> None:
     """As the compiled kernels check: an entry for each weight, shaped like it; or none at all."""
-    for name, tensors in lists.items():
-        if len(tensors) != len(weights) and (tensors or name in ("grads", "alphas", "steps")):
+    for name, entries in lists.items():
+        if len(entries) != len(weights) and (entries or name not in _OPTIONAL):
             raise ValueError(
                 f"{op}: {name} must have an entry for each of the {len(weights)} weights, "
-                f"got {len(tensors)}"
+                f"got {len(entries)}"
             )
     for i, weight in enumerate(weights):
         check_like(op, "grads", lists["grads"][i], "its weight", weight)
         alpha_tensor(op, lists["alphas"][i], weight.device, "alphas")
-        for name in set(lists) - {"grads", "alphas", "steps", "masks"}:
+        for name in set(lists) - {"grads", "alphas", "steps", "masks", "holds_phi"}:
             state = _entry(lists[name], i)
             if state is not None and state.shape != weight.shape:
                 raise ValueError(
@@ -260,7 +264,7 @@ def _free(words: Tensor | None, weight: Tensor) -> Tensor | None:
     return free
 
 
-def _entry(tensors: list[Tensor], i: int) -> Tensor | None:
+def _entry(tensors: Sequence[Tensor], i: int) -> Tensor | None:
     """Entry ``i`` of a list that may be empty, and whose entries without elements say "none"."""
     return tensors[i] if tensors and tensors[i].numel() else None
 
@@ -269,9 +273,9 @@ def _overwrite(weight: Tensor, master: Tensor | None, free: Tensor | None, stepp
     if master is None:
         weight.copy_(stepped)
         return
-    master.copy_(stepped)
-    shown = stepped.to(weight.dtype)
-    weight.copy_(shown if free is None else torch.where(free, shown, weight))
+    for tensor in (weight, master):
+        moved = stepped.to(tensor.dtype)
+        tensor.copy_(moved if free is None else torch.where(free, moved, tensor))
 
 
 def _sgd_reference(
@@ -288,8 +292,9 @@ def _sgd_reference(
     nesterov: bool,
     *words: Any,
 ) -> None:
-    lists = {"momentum_buffers": momentum_buffers, "masters": masters, "masks": masks}
-    _check_tensors("sgd_step_", weights, {"grads": grads, "alphas": alphas, **lists})
+    lists: dict[str, Sequence[Any]] = {"grads": grads, "alphas": alphas, "holds_phi": holds_phi}
+    lists |= {"momentum_buffers": momentum_buffers, "masters": masters, "masks": masks}
+    _check_tensors("sgd_step_", weights, lists)
     if words[-1] is not None and words[-1].item() != 0:
         return
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
@@ -321,9 +326,10 @@ def _adam_reference(
     eps: float,
     *words: Any,
 ) -> None:
-    lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
-    lists = {**lists, "steps": steps, "masters": masters, "masks": masks}
-    _check_tensors("adam_step_", weights, {"grads": grads, "alphas": alphas, **lists})
+    lists: dict[str, Sequence[Any]] = {"grads": grads, "alphas": alphas, "holds_phi": holds_phi}
+    lists |= {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
+    lists |= {"steps": steps, "masters": masters, "masks": masks}
+    _check_tensors("adam_step_", weights, lists)
     if words[-1] is not None and words[-1].item() != 0:
         return
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):

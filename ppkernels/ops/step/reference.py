@@ -91,9 +91,9 @@ def moved(weight: Tensor, u: Tensor, lr: float, form: Form) -> Tensor:
     # At φ = 0 momentum would move a weight that has no gradient: the slope there stops it.
     delta = -lr * u * (slope if form.rule == "virtual" else torch.where(phi == 0, slope, 1.0))
     # While φ is the larger, θ·Ψ(1 + δ/φ): a rounded φ cancels out of it. Where δ is, δ/φ could
-    # overflow, and Ψ(φ + δ) is as exact.
+    # overflow, and Ψ(φ + δ) is as exact. (1 + 64/α)^α is below e^64: far from overflow as well.
     phi = keep_phi * phi
-    is_near = delta.abs() < phi.abs()
+    is_near = delta.abs() < phi.abs() * min(1, 64 / alpha)
     base = torch.where(is_near, 1 + delta / phi, phi + delta)
     theta = power(base, alpha) * torch.where(is_near, keep_theta * weight, 1.0)
     return torch.where(delta == 0, keep_theta * weight, theta)
