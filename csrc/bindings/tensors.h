@@ -99,25 +99,30 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// `t` as a block of memory in the element order of `layout`, which is dense; a copy if need be.
-inline Tensor arranged_like(const Tensor& t, const Tensor& layout) {
-  if (same_strides(t, layout)) return t;
-  Tensor copy = torch::stable::empty_like(layout);
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
-// As torch::stable::empty_like, which costs half a microsecond more: it goes through the
-// dispatcher.
-inline Tensor empty_as(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+// An empty tensor with the dtype of `t` and the strides of `layout`, which is dense. (By way of the
+// dispatcher, as torch::stable::empty_like goes, it costs half a microsecond more.)
+inline Tensor empty_in_layout(const Tensor& t, const Tensor& layout) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(t.dim(), t.sizes().data(),
-                                                         t.strides().data(), dtype,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dim(), layout.sizes().data(),
+                                                         layout.strides().data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// As torch::stable::empty_like.
+inline Tensor empty_as(const Tensor& t) {
+  return t.is_contiguous() ? empty_in_layout(t, t) : torch::stable::empty_like(t);
+}
+
+// `t` as a block of memory in the element order of `layout`, which is dense; a copy if need be. The
+// dtypes may differ.
+inline Tensor arranged_like(const Tensor& t, const Tensor& layout) {
+  if (same_strides(t, layout)) return t;
+  Tensor copy = empty_in_layout(t, layout);
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 // Whether two blocks of memory share bytes without being the same block.
