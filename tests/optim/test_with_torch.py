@@ -367,6 +367,27 @@ def test_autocast(kind: str) -> None:
     assert model[0].weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@each_kind
+def test_the_memory_format_may_change_during_training(kind: str, dtype: torch.dtype) -> None:
+    """States and master copies that lie otherwise than their weight are stepped all the same."""
+    layer = pp.nn.PowerConv2d(6, 7, 3, alpha=1.5).to(dtype)
+    layer.update_mask = pp.BitMask.pack(torch.rand(7, 6, 3, 3) < 0.7)
+    twin = copy.deepcopy(layer)
+    options = {"master_weights": True, **WIDE_EPS[kind]}
+    optimizers = [optimizer_of(kind, each, **options) for each in (layer, twin)]
+    grads = torch.randn(6, *layer.weight.shape).to(dtype)
+    for step, grad in enumerate(grads):
+        if step == 3:
+            layer.to(memory_format=torch.channels_last)
+        for each, optimizer in zip((layer, twin), optimizers, strict=True):
+            each.weight.grad = grad.clone(memory_format=torch.preserve_format)
+            optimizer.step()
+    assert torch.equal(layer.weight, twin.weight)
+    for name, value in optimizers[0].state[layer.weight].items():
+        assert torch.equal(value, optimizers[1].state[twin.weight][name]), name
+
+
 # ---- averages, graphs and backends
 
 
