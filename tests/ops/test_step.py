@@ -68,4 +68,6 @@ def test_several_steps_in_a_row(case: StepCase) -> None:
         take_step(case, ours)
     for weight, fair, wanted in zip(ours.weights, plain.weights, exact.weights, strict=True):
         error, fair_error = ((w.double() - wanted).abs().max().item() for w in (weight, fair))
-        assert error <= 2 * fair_error + 1e-7
+        # Each step may round once: half a unit in the last place, mostly of either sign.
+        unit = torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        assert error <= 2 * fair_error + 3 * unit, f"error in units {error / unit}"

@@ -211,10 +211,6 @@ def powered(turn: int, stores: str = "theta", dtype: torch.dtype = torch.float32
     return model
 
 
-@pytest.mark.skipif(
-    pp.cpu_capability() == "reference",
-    reason="in float32 the reference rounds the factor by which a weight moves",
-)
 @pytest.mark.parametrize(("turn", "name", "rule", "decay"), CASES, ids=case_name)
 def test_float32_follows_float64(turn: int, name: str, rule: str, decay: dict[str, Any]) -> None:
     model = powered(turn)

@@ -48,6 +48,11 @@ def power(x: Tensor, exponent: float) -> Tensor:
     return x.abs().pow(exponent).copysign(x)
 
 
+def kept(x: Tensor, factor: float) -> Tensor:
+    """factor·x; a rounded factor close to 1 would be off by the same in every step."""
+    return x if factor == 1 else x - (1 - factor) * x
+
+
 def seen_gradient(weight: Tensor, grad: Tensor, form: Form) -> Tensor:
     """The gradient as the optimizer sees it: scaled, with coupled decay, by the chain rule of φ.
 
@@ -60,14 +65,14 @@ def seen_gradient(weight: Tensor, grad: Tensor, form: Form) -> Tensor:
         if form.holds_phi and form.decay_of == "theta" and rate:
             # The slope of λ/2·|θ|² with respect to φ.
             return grad + rate * alpha * power(weight, 2 * alpha - 1)
-        return grad + rate * weight if rate else grad
+        return grad.add(weight, alpha=rate) if rate else grad
     phi = power(weight, 1 / alpha)
     if rate and form.decay_of == "theta":
-        grad = grad + rate * weight
+        grad = grad.add(weight, alpha=rate)
     if form.rule == "chain":
         grad = grad * (alpha * phi.abs().pow(alpha - 1))
     if rate and form.decay_of == "phi":
-        grad = grad + rate * phi
+        grad = grad.add(phi, alpha=rate)
     return grad
 
 
@@ -81,22 +86,21 @@ def moved(weight: Tensor, u: Tensor, lr: float, form: Form) -> Tensor:
     c = 1 − ηλ for decoupled decay, raised to the power that makes it the factor of what decays.
     """
     alpha = form.alpha
-    kept = 1 - form.lr * form.weight_decay if form.decay == "decoupled" else 1.0
-    keep_phi = kept if form.decay_of == "phi" or alpha == 1 else kept ** (1 / alpha)
+    left = 1 - form.lr * form.weight_decay if form.decay == "decoupled" else 1.0
+    of_phi = left if form.decay_of == "phi" or alpha == 1 else left ** (1 / alpha)
     if not form.is_powered_step:
-        return weight * keep_phi - lr * u
-    keep_theta = kept**alpha if form.decay_of == "phi" else kept
+        return kept(weight, of_phi).add(u, alpha=-lr)
+    theta = kept(weight, left**alpha if form.decay_of == "phi" else left)
     phi = power(weight, 1 / alpha)
     slope = alpha * phi.abs().pow(alpha - 1)
     # At φ = 0 momentum would move a weight that has no gradient: the slope there stops it.
     delta = -lr * u * (slope if form.rule == "virtual" else torch.where(phi == 0, slope, 1.0))
-    # While φ is the larger, θ·Ψ(1 + δ/φ): a rounded φ cancels out of it. Where δ is, δ/φ could
-    # overflow, and Ψ(φ + δ) is as exact. (1 + 64/α)^α is below e^64: far from overflow as well.
-    phi = keep_phi * phi
-    is_near = delta.abs() < phi.abs() * min(1, 64 / alpha)
-    base = torch.where(is_near, 1 + delta / phi, phi + delta)
-    theta = power(base, alpha) * torch.where(is_near, keep_theta * weight, 1.0)
-    return torch.where(delta == 0, keep_theta * weight, theta)
+    phi = kept(phi, of_phi)
+    r = delta / phi
+    # A small step is added to θ, so that neither φ's rounding nor that of 1 + r shows in it.
+    near = theta + theta * torch.expm1(alpha * torch.log1p(r))
+    far = power(phi + delta, alpha)
+    return torch.where(delta == 0, theta, torch.where(r.abs() < 0.5, near, far))
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -126,8 +130,8 @@ def sgd_step(
     seen = seen_gradient(start, _compute(grad), form)
     if momentum_buffer is None:
         return _where_free(mask, moved(start, seen, form.lr, form), weight), None
-    buffer = momentum * _compute(momentum_buffer) + (1 - dampening) * seen
-    u = seen + momentum * buffer if nesterov else buffer
+    buffer = (momentum * _compute(momentum_buffer)).add(seen, alpha=1 - dampening)
+    u = seen.add(buffer, alpha=momentum) if nesterov else buffer
     return (
         _where_free(mask, moved(start, u, form.lr, form), weight),
         _where_free(mask, buffer, momentum_buffer),
