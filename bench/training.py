@@ -22,7 +22,7 @@ from bench.row import Bar, Build, Call, MemoryBar, Row
 
 DENSE, PHI, EAGER, COMPILED = "dense", "stores=phi", "eager", "compiled"
 
-OPS = ("power", "power_backward", "inverse_power")
+OPS = ("power", "power_backward", "inverse_power", "sgd_step_", "adam_step_")
 """What the steps run on, with θ stored or φ."""
 
 TRAINED_SHARE = 0.1
