@@ -95,15 +95,16 @@ class CoupledDecay {
 
 // λ times a power of the weight, added to the gradient. Rare, so out of the loop's way.
 __attribute__((noinline, cold)) f32v plus_power(const CoupledDecay& decay, f32v grad, f32v weight) {
-  constexpr double kLargest = 256;
+  const double e = decay.exponent;
   const f32v a = abs(weight);
-  if (decay.exponent <= kLargest) {
-    const f32v power = ShortPower(decay.exponent)(a);
-    return fma(splat((float)decay.rate), with_sign(is_special(a) ? a : power, weight), grad);
+  f32v result;
+  if (e > Power::kLargestExponent) {
+    for (int i = 0; i < kLanes; ++i) result[i] = (float)decay(grad[i], weight[i]);
+    return result;
   }
-  f32v r;
-  for (int i = 0; i < kLanes; ++i) r[i] = (float)decay(grad[i], weight[i]);
-  return r;
+  const f32v power = e <= ShortPower::kLargestExponent ? ShortPower(e)(a) : Power(e, 1)(a);
+  result = with_sign(is_special(a) ? a : power, weight);
+  return fma(splat((float)decay.rate), result, grad);
 }
 
 PPKERNELS_INLINE Pack<f32v> plus_power(const CoupledDecay& decay, const Pack<f32v>& grad,
@@ -197,8 +198,9 @@ class Far {
     is_ready_ = true;
     factor_ = Power(exponent(motion_), rate(motion_));
     power_ = Power(motion_.alpha, 1);
-    // Beyond, a power may overflow that the product with θ brings back.
-    largest_ = motion_.alpha <= Power::kLargestExponent ? (float)exp2(126 / motion_.alpha) : -1.0f;
+    // Beyond, a power may overflow that the product with θ brings back. For exponents above 8 the
+    // rounding of 1 + r, α times as large in the power, would show.
+    largest_ = motion_.alpha <= 8 ? (float)exp2(126 / motion_.alpha) : -1.0f;
   }
 
   Motion motion_;

@@ -81,11 +81,13 @@ class Power {
 };
 
 // factor · x^exponent for what is applied to something small: the logarithm is one float, the
-// polynomials are short. |exponent| <= 256, finite x > 0, subnormals included; factor a normal
-// number, of either sign; where the exact value is normal:
+// polynomials are short. |exponent| <= 3, finite x > 0, subnormals included; factor a normal number,
+// of either sign; where the exact value is normal:
 //   relative error at most 2^-20.5 + |exponent · log2 x| · 2^-24
 class ShortPower {
  public:
+  static constexpr double kLargestExponent = 3;
+
   explicit ShortPower(double exponent, double factor = 1)
       : ShortPower((float)exponent, Scaled(factor)) {}
 
