@@ -111,9 +111,9 @@ inline Tensor empty_in(const Tensor& layout, const Tensor& t) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(layout.dim(), layout.sizes().data(), layout.strides().data(), dtype,
-                               aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dim(), layout.sizes().data(),
+                                                         layout.strides().data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
