@@ -7,9 +7,10 @@ step in φ-space, by the formulas of the ops' docstrings, on float64 tensors or 
 
 The rule: what φ moves by may err by 8 machine epsilons of itself, plus half a one for each power of
 two between |θ| and 1 (a logarithm is rounded there), and twice as much by the chain rule on θ,
-which multiplies by two powers; the weight that this gives may err by `FLOORS` units in the last
-place (ULP) more. A state may err by one power's share of the terms that it is a sum of. The epsilon
-of the half types is float32's.
+which multiplies by two powers, and with the decay of θ on φ, whose exponent is about 2α; the weight
+that this gives may err by `FLOORS` units in the last place (ULP) more. A state may err by as much,
+without the chain rule's second power, of the terms that it is a sum of. The epsilon of the half
+types is float32's.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def step_lists(
             theta = torch.where(third == 0, sizes.exp2(), normal(0.1))
             # δ is about lr·α|φ|^(α−1) or, by the chain rule, lr·α|φ|^(α−1) or lr.
             theta = torch.where(third == 1, (normal(2).abs() * case.options["lr"]) ** alpha, theta)
-            theta = theta.abs().clamp(min=2.0**smallest) * normal(1).sign()
+            theta = theta.abs().clamp(2.0**smallest, 1e3) * normal(1).sign()
             weight = theta.sign() * theta.abs() ** (1 / alpha) if holds_phi else theta
             states = [normal(0.5), normal(0.5).square() + 1e-6, normal(0.5).square() + 1e-6]
             lists.weights.append(weight.to(device, dtype))
@@ -237,12 +238,18 @@ def _adam_direction(
     """As `_sgd_direction`; u takes both bias corrections."""
     beta1, beta2 = o["beta1"], o["beta2"]
     first = states[0].weighed(beta1, grad, 1 - beta1)
-    square = _Sum(grad.value * grad.value, grad.size * grad.size)
+    # As m + (1 − β₁)(g − m), it is rounded at the size of m.
+    first = _Sum(first.value, first.size + (1 - beta1) * states[0].size)
+    # A square errs twice as much as what is squared.
+    square = _Sum(grad.value * grad.value, 2 * grad.size * grad.size)
     news = [first, states[1].weighed(beta2, square, 1 - beta2)]
     if len(states) == 3:
         news.append(_Sum(_larger(states[2].value, news[1].value), news[1].size))
     root = (news[-1].value / (1 - beta2**count)) ** 0.5
-    return first.times(1 / ((root + o["eps"]) * (1 - beta1**count))), news
+    u = first.times(1 / ((root + o["eps"]) * (1 - beta1**count)))
+    # By how much √v errs of itself, where v is a sum whose terms cancel.
+    root_size = root / (root + o["eps"]) * news[-1].size / news[-1].value / 2
+    return _Sum(u.value, u.size + abs(u.value) * root_size), news
 
 
 def _seen_gradient(
@@ -290,6 +297,8 @@ def exact_step(
     keep = kept if o["decay_of"] == "phi" else kept ** (1 / exponent)
     delta = u.times(o["lr"] * (slope if o["rule"] == "virtual" and not holds_phi else 1))
     reach = (8 + _log2_size(theta) / 2) * eps
+    if holds_phi and o["decay"] == "coupled" and o["decay_of"] == "theta":
+        reach = 2 * reach
     powers = 2 if o["rule"] == "chain" and not holds_phi else 1
     moved, off = keep * phi - delta.value, powers * reach * delta.size
     value, low, high = (

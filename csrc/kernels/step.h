@@ -5,6 +5,9 @@
 // `StepTensor`, in element order; blocks do not overlap. `begin` is a multiple of kStepAlignment,
 // and so is `end` unless it is the tensor's own. Arithmetic is float32, float64 for float64.
 //
+// What is not finite in weight, gradient or first state shows in the weight. Instruction sets agree
+// on every bit but those of a weight that is not finite, and its states.
+//
 // ppkernels/ops/step/reference.py is the specification; csrc/kernels/step.cpp says how it is met.
 #pragma once
 
