@@ -1,6 +1,7 @@
-// The step kernels over raw memory: every option on every instruction set, parts, remainders,
-// masks, and what is not to be touched. Buffers are heap blocks of exactly the size in use, so that
-// the address sanitizer sees any step outside.
+// The step kernels over raw memory: every option on every instruction set, parts, masks, masters.
+// Longer than 350 lines: the calls and the checks that go through all of them are read together.
+// Buffers are heap blocks of exactly the size in use, so that the address sanitizer sees any step
+// outside.
 #include "kernels/step.h"
 
 #include <cmath>
