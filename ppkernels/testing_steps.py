@@ -31,7 +31,7 @@ Number = Any
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # 130 lies beyond the range that kernels are tuned for.
-STEP_ALPHAS = (1.0, 1.05, 1.25, 1.5, 2.0, 2.5, 3.0, 4.5, 8.0, 130.0)
+STEP_ALPHAS = (1.0, 1.05, 1.25, 1.5, 2.0, 2.5, 3.0, 4.5, 8.0, 16.0, 64.0, 130.0)
 FLOORS = {torch.float32: 2.0, torch.float64: 3.0, torch.bfloat16: 0.51, torch.float16: 0.51}
 
 # ---- what is called

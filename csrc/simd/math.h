@@ -81,8 +81,8 @@ class Power {
 };
 
 // factor · x^exponent for what is applied to something small: the logarithm is one float, the
-// polynomials are short. |exponent| <= 3, finite x > 0, subnormals included; factor a normal number,
-// of either sign; where the exact value is normal:
+// polynomials are short. |exponent| <= 3, finite x > 0, subnormals included; factor a normal
+// number, of either sign; where the exact value is normal:
 //   relative error at most 2^-20.5 + |exponent · log2 x| · 2^-24
 class ShortPower {
  public:

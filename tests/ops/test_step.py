@@ -58,7 +58,8 @@ def test_values_with_float32_states_of_half_weights(case: StepCase, dtype: torch
 def test_several_steps_in_a_row(case: StepCase) -> None:
     # Weights of a usual size and steps that are small beside them: larger ones end anywhere.
     case = dataclasses.replace(case, options={**case.options, "lr": 1e-4})
-    start = step_lists(case, torch.float32, 300, STEP_ALPHAS[:-1])
+    alphas = [alpha for alpha in STEP_ALPHAS if alpha <= 8]
+    start = step_lists(case, torch.float32, 300, alphas)
     start.weights = [weight.sign() * (weight.abs() + 0.1) for weight in start.weights]
     exact, plain, ours = start.map(torch.Tensor.double), start.clone(), start.clone()
     for _ in range(20):
