@@ -16,6 +16,7 @@ PACKAGE = ROOT / "ppkernels"
 CSRC = ROOT / "csrc"
 
 SHARED = ("ppkernels._checks", "ppkernels._powered")
+BITS = "ppkernels.ops._bits"
 SHARED_BY_ROOMS = ("ppkernels.ops._layout", "ppkernels.ops._point")
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
@@ -33,12 +34,13 @@ IMPORTS = [
     ("testing.py", ["torch.*", "mpmath", "ppkernels", "ppkernels.testing_steps"]),
     ("testing_steps.py", ["torch.*", "mpmath", "ppkernels"]),
     ("ops/__init__.py", ["ppkernels.ops.*"]),
+    ("ops/_bits.py", ["torch.*"]),
     ("ops/_layout.py", ["torch.*"]),
     ("ops/_point.py", ["triton.*"]),
     ("ops/*/__init__.py", ["{room}.*"]),
-    ("ops/*/reference.py", ["torch.*"]),
+    ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_ROOMS]),
-    ("ops/*/op.py", ["torch.*", "{room}.*", "ppkernels._checks", "ppkernels._backend"]),
+    ("ops/*/op.py", ["torch.*", "{room}.*", "ppkernels._checks", "ppkernels._backend", BITS]),
     ("ops/step/table.py", ["torch.*", "ppkernels.ops._layout", "ppkernels._checks"]),
     ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),

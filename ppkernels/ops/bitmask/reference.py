@@ -6,36 +6,31 @@ is bit i % 8 of byte i // 8. The bits behind the last entry are 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def _each_bit(device: torch.device) -> Tensor:
-    """1, 2, 4, ..., 128."""
-    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
+from ppkernels.ops._bits import each_bit, unpacked
 
 
 def pack_bits(mask: Tensor) -> Tensor:
     """The words of a bool tensor."""
     entries = torch.nn.functional.pad(mask.reshape(-1), (0, -mask.numel() % 8))
-    each = entries.view(-1, 8) * _each_bit(mask.device)  # [W, 8]
+    each = entries.view(-1, 8) * each_bit(mask.device)  # [W, 8]
     return each.sum(1, dtype=torch.uint8)  # [W]
 
 
 def unpack_bits(words: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool tensor of ``shape`` that the words stand for."""
-    entries = (words.unsqueeze(1) & _each_bit(words.device)) != 0  # [W, 8]
-    return entries.view(-1)[: math.prod(shape)].view(shape)
+    return unpacked(words, shape)
 
 
 def count_bits(words: Tensor) -> Tensor:
     """How many bits are set, 0-dim int64."""
-    return unpack_bits(words, (8 * words.numel(),)).sum()
+    return unpacked(words, (8 * words.numel(),)).sum()
 
 
 def apply_mask(weight: Tensor, words: Tensor) -> Tensor:
     """``weight`` where its bit is set, and 0 elsewhere."""
-    return torch.where(unpack_bits(words, weight.shape), weight, 0.0)
+    return torch.where(unpacked(words, weight.shape), weight, 0.0)
