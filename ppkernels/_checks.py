@@ -84,3 +84,9 @@ def alpha_tensor(
     if is_plain and alpha.device.type == "cpu" and not torch.compiler.is_compiling():
         check_alpha(op, alpha.item(), name)
     return alpha
+
+
+def check_word(op: str, name: str, word: str, first: str, second: str) -> None:
+    """``word`` is one of two."""
+    if word not in (first, second):
+        raise ValueError(f"{op}: {name} must be {first!r} or {second!r}, got {word!r}")

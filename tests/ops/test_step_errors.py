@@ -73,6 +73,9 @@ def fails(op: str, changed: dict[str, Any], *parts: str) -> None:
     ("changed", "parts"),
     [
         ({"rule": "paper"}, ("rule must be 'virtual' or 'chain'", "got 'paper'")),
+        ({"lr": -0.1}, ("lr must be a finite number >= 0", "got -0.1")),
+        ({"lr": math.inf}, ("lr must be a finite number >= 0", "got inf")),
+        ({"weight_decay": -1.0}, ("weight_decay must be a finite number >= 0", "got -1.0")),
         ({"decay": "none"}, ("decay must be 'coupled' or 'decoupled'", "got 'none'")),
         ({"decay_of": "w"}, ("decay_of must be 'theta' or 'phi'", "got 'w'")),
         (
@@ -81,7 +84,7 @@ def fails(op: str, changed: dict[str, Any], *parts: str) -> None:
         ),
         (
             {"decay": "decoupled", "weight_decay": math.nan},
-            ("1 - lr * weight_decay", "weight_decay nan"),
+            ("weight_decay must be a finite number >= 0", "got nan"),
         ),
     ],
     ids=str,
@@ -247,3 +250,36 @@ def test_nothing_is_written_by_a_call_that_fails(op: str) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         CALLS[op](weights=weights, masks=[torch.zeros(1, dtype=torch.uint8), torch.zeros(7)])
     assert all(torch.equal(weight, torch.ones(2, 3)) for weight in weights)
+
+
+def test_numbers_of_one_optimizer() -> None:
+    weights, grads, ones = [torch.ones(3)], [torch.ones(3)], [torch.ones(3)]
+    with pytest.raises(ValueError, match=r"sgd_step_: momentum 0\.9 needs momentum_buffers"):
+        pp.sgd_step_(weights, grads, alphas=[2.0], lr=0.1, momentum=0.9)
+    for name, value in (("beta1", 1.0), ("beta2", 1.0), ("beta2", -0.1), ("eps", -1.0)):
+        with pytest.raises(ValueError, match=f"adam_step_: {name} must be a"):
+            pp.adam_step_(
+                *(weights, grads, ones, ones),
+                steps=[torch.zeros(())],
+                alphas=[2.0],
+                lr=0.1,
+                **{name: value},
+            )
+
+
+@pytest.mark.parametrize("name", ["kernels", "reference"])
+def test_nothing_happens_where_a_later_weight_is_wrong(name: str) -> None:
+    weights, grads = [torch.ones(3), torch.ones(3)], [torch.ones(3), torch.ones(3)]
+    moments = [[torch.zeros(3), torch.zeros(3)] for _ in range(2)]
+    steps = [torch.zeros(()), torch.zeros((), dtype=torch.int64)]
+    with pp.backend(name), pytest.raises((TypeError, RuntimeError), match="steps must be float32"):
+        pp.adam_step_(weights, grads, *moments, steps=steps, alphas=[2.0, 2.0], lr=0.1)
+    assert [step.item() for step in steps] == [0, 0]
+    assert all(torch.equal(weight, torch.ones(3)) for weight in weights)
+
+
+def test_a_step_left_out_bumps_no_version() -> None:
+    weight = torch.ones(3)
+    version = weight._version
+    pp.sgd_step_([weight], [torch.ones(3)], alphas=[2.0], lr=0.1, found_inf=torch.ones(()))
+    assert weight._version == version

@@ -7,6 +7,7 @@ The CPU kernels register themselves from csrc/bindings/step.cpp when ppkernels._
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_like
-from ppkernels.ops.step import reference
+from ppkernels._checks import alpha_tensor, check_word
+from ppkernels.ops.step import lists
 
 Tensors = Sequence[Tensor]
 
@@ -87,14 +88,16 @@ def sgd_step_(
 
     Source: Schwarz et al. 2021, section 2 and appendix (the virtual rule).
     """
-    _check_options("sgd_step_", weight_decay, lr, decay, decay_of, rule)
-    lists = _lists("sgd_step_", weights, masters, masks, alphas, holds_phi)
+    _check_options("sgd_step_", weight_decay, lr, decay, decay_of, rule, momentum=momentum)
+    if momentum and not momentum_buffers and len(weights):
+        raise ValueError(f"sgd_step_: momentum {momentum} needs momentum_buffers, got none")
+    forms = _forms("sgd_step_", weights, masters, masks, alphas, holds_phi)
     options = (float(lr), float(momentum), float(dampening), nesterov, float(weight_decay))
     words = (decay, decay_of, rule, maximize, grad_scale, found_inf)
-    step: Any = _sgd_reference if _backend.uses_reference() else torch.ops.ppkernels.sgd_step_
+    step: Any = lists.sgd_step_ if _backend.uses_reference() else torch.ops.ppkernels.sgd_step_
     with torch.no_grad():
-        step(list(weights), list(grads), list(momentum_buffers), *lists, *options, *words)
-    _written(weights, momentum_buffers, masters)
+        step(list(weights), list(grads), list(momentum_buffers), *forms, *options, *words)
+    _written(found_inf, weights, momentum_buffers, masters)
 
 
 def adam_step_(
@@ -145,18 +148,21 @@ def adam_step_(
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; Reddi et al. 2018; the powered step: Schwarz
     et al. 2021.
     """
-    _check_options("adam_step_", weight_decay, lr, decay, decay_of, rule)
-    lists = _lists("adam_step_", weights, masters, masks, alphas, holds_phi)
+    _check_options("adam_step_", weight_decay, lr, decay, decay_of, rule, eps=eps)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"adam_step_: {name} must be a number >= 0 and < 1, got {beta}")
+    forms = _forms("adam_step_", weights, masters, masks, alphas, holds_phi)
     states = (list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(steps))
     options = (float(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
     words = (decay, decay_of, rule, maximize, grad_scale, found_inf)
-    step: Any = _adam_reference if _backend.uses_reference() else torch.ops.ppkernels.adam_step_
+    step: Any = lists.adam_step_ if _backend.uses_reference() else torch.ops.ppkernels.adam_step_
     with torch.no_grad():
-        step(list(weights), list(grads), *states, *lists, *options, *words)
-    _written(weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps)
+        step(list(weights), list(grads), *states, *forms, *options, *words)
+    _written(found_inf, weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps)
 
 
-def _lists(
+def _forms(
     op: str,
     weights: Tensors,
     masters: Tensors,
@@ -174,15 +180,22 @@ def _lists(
 
 
 def _check_options(
-    op: str, weight_decay: float, lr: float, decay: str, decay_of: str, rule: str
+    op: str,
+    weight_decay: float,
+    lr: float,
+    decay: str,
+    decay_of: str,
+    rule: str,
+    **more: float,
 ) -> None:
-    for name, word, words in (
-        ("rule", rule, ("virtual", "chain")),
-        ("decay", decay, ("coupled", "decoupled")),
-        ("decay_of", decay_of, ("theta", "phi")),
-    ):
-        if word not in words:
-            raise ValueError(f"{op}: {name} must be {words[0]!r} or {words[1]!r}, got {word!r}")
+    check_word(op, "rule", rule, "virtual", "chain")
+    check_word(op, "decay", decay, "coupled", "decoupled")
+    check_word(op, "decay_of", decay_of, "theta", "phi")
+    for name, number in {"lr": lr, "weight_decay": weight_decay, **more}.items():
+        # A graph cannot branch on a tensor; written so that NaN fails.
+        is_traced = torch.compiler.is_compiling() and isinstance(number, Tensor)
+        if not is_traced and not 0 <= number < math.inf:
+            raise ValueError(f"{op}: {name} must be a finite number >= 0, got {number}")
     if decay == "decoupled" and not lr * weight_decay < 1:
         raise ValueError(
             f"{op}: decoupled decay multiplies weights by 1 - lr * weight_decay, which must be "
@@ -190,11 +203,15 @@ def _check_options(
         )
 
 
-def _written(*lists: Tensors) -> None:
+def _written(found_inf: Tensor | None, *written: Tensors) -> None:
     # An op that writes to its arguments does not tell autograd; graph capture tracks it by itself.
-    if not torch.compiler.is_compiling():
-        for tensors in lists:
-            torch.autograd.graph.increment_version(tensors)
+    if torch.compiler.is_compiling():
+        return
+    # A GPU is not asked whether the step was left out.
+    if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+        return
+    for tensors in written:
+        torch.autograd.graph.increment_version(tensors)
 
 
 # ---- schemas, and the kernels of every device but the CPU
@@ -215,148 +232,6 @@ _SCHEMAS = {
 }
 
 
-_OPTIONAL = ("momentum_buffers", "max_exp_avg_sqs", "masters", "masks", "holds_phi")
-
-
-def _check_tensors(op: str, weights: list[Tensor], lists: dict[str, Sequence[Any]]) -> None:
-    """As the compiled kernels check: an entry for each weight, shaped like it; or none at all."""
-    for name, entries in lists.items():
-        if len(entries) != len(weights) and (entries or name not in _OPTIONAL):
-            raise ValueError(
-                f"{op}: {name} must have an entry for each of the {len(weights)} weights, "
-                f"got {len(entries)}"
-            )
-    for i, weight in enumerate(weights):
-        check_like(op, "grads", lists["grads"][i], "its weight", weight)
-        alpha_tensor(op, lists["alphas"][i], weight.device, "alphas")
-        for name in set(lists) - {"grads", "alphas", "steps", "masks", "holds_phi"}:
-            state = _entry(lists[name], i)
-            if state is not None and state.shape != weight.shape:
-                raise ValueError(
-                    f"{op}: {name} must have the shape of its weight, {tuple(weight.shape)}, "
-                    f"got {tuple(state.shape)}"
-                )
-
-
-def _form(
-    alpha: Tensor,
-    holds_phi: int,
-    lr: float,
-    words: tuple[Any, ...],
-) -> reference.Form:
-    weight_decay, decay, decay_of, rule, maximize, grad_scale, _ = words
-    factor = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
-    return reference.Form(
-        float(alpha), bool(holds_phi), rule, lr, weight_decay, decay, decay_of, factor
-    )
-
-
-def _start(weight: Tensor, master: Tensor | None) -> Tensor:
-    """What a step starts from: the master copy, where nobody has overwritten the weight since."""
-    if master is None:
-        return weight
-    return torch.where(master.to(weight.dtype) == weight, master, weight.to(master.dtype))
-
-
-def _free(words: Tensor | None, weight: Tensor) -> Tensor | None:
-    if words is None:
-        return None
-    free: Tensor = torch.ops.ppkernels.unpack_bits(words, list(weight.shape))
-    return free
-
-
-def _entry(tensors: Sequence[Tensor], i: int) -> Tensor | None:
-    """Entry ``i`` of a list that may be empty, and whose entries without elements say "none"."""
-    return tensors[i] if tensors and tensors[i].numel() else None
-
-
-def _overwrite(weight: Tensor, master: Tensor | None, free: Tensor | None, stepped: Tensor) -> None:
-    if master is None:
-        weight.copy_(stepped)
-        return
-    for tensor in (weight, master):
-        moved = stepped.to(tensor.dtype)
-        tensor.copy_(moved if free is None else torch.where(free, moved, tensor))
-
-
-def _sgd_reference(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    masters: list[Tensor],
-    masks: list[Tensor],
-    alphas: list[Tensor],
-    holds_phi: list[int],
-    lr: float,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    *words: Any,
-) -> None:
-    lists: dict[str, Sequence[Any]] = {"grads": grads, "alphas": alphas, "holds_phi": holds_phi}
-    lists |= {"momentum_buffers": momentum_buffers, "masters": masters, "masks": masks}
-    _check_tensors("sgd_step_", weights, lists)
-    if words[-1] is not None and words[-1].item() != 0:
-        return
-    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        master, free = _entry(masters, i), _free(_entry(masks, i), weight)
-        buffer = momentum_buffers[i] if momentum_buffers else None
-        form = _form(alphas[i], holds_phi[i] if holds_phi else 0, lr, words)
-        stepped, averaged = reference.sgd_step(
-            _start(weight, master), grad, buffer, free, form, momentum, dampening, nesterov
-        )
-        _overwrite(weight, master, free, stepped)
-        if buffer is not None and averaged is not None:
-            buffer.copy_(averaged)
-
-
-def _adam_reference(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    masters: list[Tensor],
-    masks: list[Tensor],
-    alphas: list[Tensor],
-    holds_phi: list[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    *words: Any,
-) -> None:
-    lists: dict[str, Sequence[Any]] = {"grads": grads, "alphas": alphas, "holds_phi": holds_phi}
-    lists |= {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
-    lists |= {"steps": steps, "masters": masters, "masks": masks}
-    _check_tensors("adam_step_", weights, lists)
-    if words[-1] is not None and words[-1].item() != 0:
-        return
-    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        master, free = _entry(masters, i), _free(_entry(masks, i), weight)
-        states = [exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sqs[i] if max_exp_avg_sqs else None]
-        form = _form(alphas[i], holds_phi[i] if holds_phi else 0, lr, words)
-        steps[i].add_(1)
-        stepped, *moments = reference.adam_step(
-            _start(weight, master),
-            grad,
-            exp_avgs[i],
-            exp_avg_sqs[i],
-            states[2],
-            float(steps[i]),
-            free,
-            form,
-            beta1,
-            beta2,
-            eps,
-        )
-        _overwrite(weight, master, free, stepped)
-        for state, moment in zip(states, moments, strict=True):
-            if state is not None and moment is not None:
-                state.copy_(moment)
-
-
 def _define(name: str, kernel: Any) -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     torch.library.define(f"ppkernels::{name}", _SCHEMAS[name], tags=tags)
@@ -375,8 +250,8 @@ def _define_on_gpu(name: str) -> None:
     torch.library.impl(f"ppkernels::{name}", "CUDA", launch)
 
 
-_define("sgd_step_", _sgd_reference)
-_define("adam_step_", _adam_reference)
+_define("sgd_step_", lists.sgd_step_)
+_define("adam_step_", lists.adam_step_)
 if importlib.util.find_spec("triton") is not None:
     for _name in _SCHEMAS:
         _define_on_gpu(_name)
