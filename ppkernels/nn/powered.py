@@ -1,4 +1,5 @@
 """What the powered layers share: the exponent, what the weight stores, checkpoints."""
+# Longer than 350 lines: all that a powered layer does otherwise than nn.Module stands together.
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ class Powered(Masked):
         stores: ``"theta"`` or ``"phi"``; fixed when the layer is made.
         alpha: α, a 0-dim float64 buffer. It follows the layer from device to device but keeps its
             dtype and its value through every cast; on devices without float64 it stays on the CPU.
+            Assigning another such tensor leaves the weight as it is; `set_alpha` asks what to keep.
         update_mask: a `pp.BitMask` of the weight's shape, or None. An entry whose bit is 0 is
             frozen: the optimizers of `pp.optim` keep its value and its state bit for bit, whatever
             momentum, decay and clipping do; the steps of all other optimizers are refused.
@@ -170,11 +172,22 @@ class Powered(Masked):
         masks = self._described_masks()
         return f"{plain}, alpha={self.alpha.item()}, stores={self.stores!r}{masks}"
 
-    # ---- where the weight's Parameter is exchanged, the registry hears of it
+    # ---- where weight or exponent is exchanged for another tensor, the registry hears of it
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and param is not None:
+            self._check_masks_fit(param)
         super().register_parameter(name, param)
         _powered.weights_changed()
+
+    # `layer.alpha = tensor` comes here too.
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        is_alpha = name == "alpha" and "_is_replica" not in self.__dict__
+        if is_alpha:
+            tensor = alpha_tensor(type(self).__name__, cast(Tensor, tensor))
+        super().register_buffer(name, tensor, persistent)
+        if is_alpha:
+            _powered.weights_changed()
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)

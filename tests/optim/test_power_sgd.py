@@ -133,6 +133,24 @@ def test_set_alpha_holds_from_the_next_step(stepped: Callable[..., torch.Tensor]
     assert torch.equal(layer.weight, expected)
 
 
+def test_an_alpha_that_is_assigned_holds_from_the_next_step(
+    stepped: Callable[..., torch.Tensor],
+) -> None:
+    layer = with_gradients(pp.nn.PowerLinear(4, 4, alpha=1.5))
+    optimizer = pp.optim.PowerSGD(layer, 0.1)
+    optimizer.step()
+    before = layer.weight.detach().clone()
+    layer.alpha = tensor_of(3.0)
+    optimizer.step()
+    assert torch.equal(layer.weight, stepped(before, layer.weight.grad, 3.0, 0.1))
+    tied = pp.nn.PowerLinear(4, 4, alpha=3.0)
+    tied.weight = layer.weight
+    optimizer.step()
+    tied.alpha = tensor_of(2.0)
+    with pytest.raises(ValueError, match="share one weight, so they need the same alpha"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("of_layer", [True, False])
 def test_parameters_exchanged_after_the_optimizer(
     of_layer: bool, stepped: Callable[..., torch.Tensor]
