@@ -43,7 +43,9 @@ class Powered(Masked):
             nn.TransformerEncoderLayer) do not see the mask.
 
     Both masks may be assigned at any time; a mask comes to the weight's device and follows the
-    layer. They go with the layer into copies, pickles and checkpoints, but are no buffers.
+    layer. They go with the layer into copies, pickles and checkpoints, but are no buffers: the
+    average of a torch.optim.swa_utils.AveragedModel has the masks of the moment when it was copied,
+    and hears of no later one.
 
     Where φ is stored, whoever writes to ``weight`` writes φ: ``nn.init.kaiming_uniform_(weight)``
     draws φ, not θ. Draw θ aside and give it to `set_theta`, or use `pp.nn.init`.
@@ -54,7 +56,9 @@ class Powered(Masked):
     whose values are θ and leave the layer's exponent as it is. Loading a checkpoint with an
     exponent sets the layer's. The words of the masks stand under ``update_mask`` and ``mask`` where
     these are set; loading sets both masks, to None where a powered layer's checkpoint has none, and
-    leaves them as they are where the checkpoint is a plain layer's.
+    leaves them as they are where the checkpoint is a plain layer's. torch.distributed.checkpoint
+    loads only keys that the model has when it begins: there a new model needs masks, of any bits,
+    first.
     """
 
     # Until a layer has its exponent it is a plain one, whose weight is θ.
