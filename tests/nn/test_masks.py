@@ -445,7 +445,7 @@ def test_a_stock_optimizer_may_not_step_frozen_entries() -> None:
     step()
     layer.update_mask = random_mask(5, 6)
     before = copy.deepcopy(layer)
-    message = r"SGD.step: PowerLinear.* has an update_mask.*an optimizer of pp\.optim \(PowerSGD, PowerAdamW\), or set"
+    message = r"SGD.step: PowerLinear.* has an update_mask.* \(PowerSGD, PowerAdamW\), or set"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=message):
             step()
