@@ -182,6 +182,8 @@ def training_rows() -> list[Row]:
         _row(mlp, 128, "sgd", 2.0, bars=_dense_times(1.02), by_hand=True),
         _row(mlp, 128, "sgd", 1.5, bars=near, is_masked=True, is_weighed=True),
         _row(mlp, 128, "adamw", 1.5, bars=near, is_weighed=True),
+        _row(mlp, 128, "adamw", 1.25),
+        _row(mlp, 128, "adamw", 2.0, bars=_dense_times(1.02)),
         _row(mlp, 128, "adamw", 1.5, bars=near, is_masked=True, is_weighed=True),
         _row(mlp, 16, "sgd", 1.5, bars=_dense_times(1.10), by_hand=True),
         _row(mlp, 16, "adamw", 1.5, bars=_dense_times(1.10)),

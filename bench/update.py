@@ -132,8 +132,9 @@ def by_hand(optimizer: str, alpha: float, rule: str = "virtual") -> Formula:
             new, direction = (momentum,), momentum
         else:
             lr = ADAMW["lr"]
-            average = averages[0].lerp(grad, 0.1)
-            squares = averages[1].lerp(grad * grad, 0.001)
+            averaged = grad * slope if rule == "chain" else grad
+            average = averages[0].lerp(averaged, 0.1)
+            squares = averages[1].lerp(averaged * averaged, 0.001)
             new = (average, squares)
             direction = average / corrections[0] / ((squares / corrections[1]).sqrt() + 1e-8)
         phi = phi - lr * (direction if rule == "chain" else slope * direction)

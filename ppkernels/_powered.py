@@ -72,9 +72,14 @@ def enrol(layer: nn.Module) -> None:
     """Note a layer that has come into being; it may still be under construction."""
     key = id(layer)
     # Bound here, because a layer may outlive the globals of this module.
-    forget = _layers.pop
-    _layers[key] = ref(layer, lambda _: forget(key, None))
-    weights_changed()
+    forget, changed = _layers.pop, weights_changed
+
+    def is_gone(_: ref[nn.Module]) -> None:
+        forget(key, None)
+        changed()
+
+    _layers[key] = ref(layer, is_gone)
+    changed()
 
 
 def dismiss(layer: nn.Module) -> None:

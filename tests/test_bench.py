@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import machine, memory, models, results, timing
+from bench import machine, memory, models, results, timing, training, update
 from bench.registry import IN_MEMORY, ROWS
 from bench.row import OURS, Bar, Call, Row
 
@@ -60,6 +60,22 @@ def test_contenders_take_the_same_step() -> None:
     assert falls["stores=phi"] == pytest.approx(falls[OURS], rel=1e-6)
     assert falls["eager"] == pytest.approx(falls[OURS], rel=1e-6)
     assert abs(falls["dense"] - falls[OURS]) > 0.1 * abs(falls[OURS])
+
+
+@pytest.mark.parametrize("rule", ["virtual", "chain"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_steps_by_hand(optimizer: str, rule: str) -> None:
+    inputs = update.one_weight(is_masked=False)(64)
+    # Weights so small that the slope, which Adam's chain rule averages, changes at each step.
+    with torch.no_grad():
+        next(inputs.plain.parameters()).mul_(1e-7)
+    powered = training.OPTIMIZERS[optimizer].powered
+    ours = update.update(lambda parameters: powered(parameters, rule=rule), 2.0)(inputs)
+    with torch.compiler.set_stance("force_eager"):
+        by_hand = update.written_out(optimizer, update.by_hand(optimizer, 2.0, rule))(inputs)
+        for _ in range(5):
+            torch.testing.assert_close(by_hand(), ours().detach(), rtol=1e-4, atol=1e-14)
+            inputs.grads[0].normal_(std=1e-3)
 
 
 def test_masked_inputs_are_frozen_at_zero() -> None:

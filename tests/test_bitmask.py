@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,6 +94,18 @@ def test_a_number_as_shape() -> None:
     assert BitMask(torch.ones(1, dtype=torch.uint8), 5) == BitMask.pack(torch.arange(5) == 0)
 
 
+def test_numbers_of_numpy_in_a_shape() -> None:
+    mask = BitMask.ones((np.int64(3), np.uint8(5)))
+    assert mask == BitMask.ones((3, 5))
+    assert all(type(size) is int for size in mask.shape)
+    assert BitMask(mask.words, [np.int32(15)]).shape == (15,)
+    assert pp.unpack_bits(mask.words, np.int64(15)).all()
+    with pytest.raises(TypeError, match="shape must be a number or a tuple of numbers"):
+        BitMask.ones((np.float64(3), 5))
+    with pytest.raises(TypeError, match="shape must be a number or a tuple of numbers"):
+        BitMask.ones((np.bool_(True), 5))
+
+
 def test_strides_do_not_matter() -> None:
     tensor = random_mask(4, 6, 3, 3)
     channels_last = tensor.contiguous(memory_format=torch.channels_last)
@@ -176,6 +189,13 @@ def test_to_the_gpu_and_back() -> None:
     assert (there & ~there).count() == 0
     assert there.cpu() == mask
     assert torch.equal(there.unpack().cpu(), mask.unpack())
+
+
+def test_masks_go_through_files() -> None:
+    mask, file = BitMask.pack(random_mask(5, 7)), io.BytesIO()
+    torch.save({"masks": [mask]}, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["masks"] == [mask]
 
 
 def test_words_go_through_files() -> None:

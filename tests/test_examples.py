@@ -73,6 +73,24 @@ def test_other_models_and_optimizers(
     assert set(run["small"]) == {*mnist.thetas(pp.powerize(mnist.MODELS[model](), 1)), "all"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rule", "lr"),
+    [
+        ([], "chain", 0.2),
+        (["--model", "mlp3", "--rule", "virtual"], "virtual", 0.1),
+        (["--optimizer", "adamw"], "virtual", 3e-3),
+        (["--optimizer", "adamw", "--rule", "chain"], "chain", 3e-3),
+        (["--optimizer", "adam"], "chain", 1e-3),
+        (["--optimizer", "adamw", "--lr", "0.1"], "virtual", 0.1),
+    ],
+)
+def test_defaults_of_rule_and_rate(
+    mnist: ModuleType, arguments: list[str], rule: str, lr: float
+) -> None:
+    options = mnist.parse(arguments)
+    assert (options.rule, options.lr) == (rule, lr)
+
+
 # ---- what goes wrong gets a sentence
 
 

@@ -100,8 +100,9 @@ def fold(model: ModelT) -> ModelT:
 
     The opposite of `powerize`: the same modules and Parameters, each layer of the class it was made
     from (nn.Linear, nn.Conv2d, ...), with no exponent. Outputs stay bit for bit the same: where a
-    layer has a ``mask``, the weight is 0 where it hides, and the values hidden there are lost. The
-    masks are dropped, and so is the ``.grad`` of weights that held φ.
+    layer has a ``mask``, the weight is 0 where it hides, and the values hidden there are lost. Not
+    so for a module that reads such a layer's ``weight`` itself: it has not seen the mask until now.
+    The masks are dropped, and so is the ``.grad`` of weights that held φ.
 
     Args:
         model: any module; a powered layer itself is changed and returned.

@@ -4,8 +4,8 @@ What it cannot see, because the optimizer's tensors are not the layer's own: flo
 of half-precision weights, the flattened parameters of FSDP1 (FSDP2 is seen), functional optimizers
 that never call ``torch.optim.Optimizer.step``. Nor does it look again where nothing tells it to: a
 Parameter exchanged in place in a group's list, other than the first, or one put by hand into
-``layer._parameters`` that an optimizer looked through before has already. `pp.optim.PowerSGD`
-looks at each step.
+``layer._parameters`` that an optimizer looked through before has already. The optimizers of
+`pp.optim` (PowerSGD, PowerAdamW) look at each step.
 """
 
 from __future__ import annotations
@@ -88,15 +88,16 @@ def _refuse(optimizer: Optimizer, weight: Tensor) -> None:
     if layer is not None:
         raise RuntimeError(
             f"{name}.step: the weight of {layer} holds theta, and {name} would "
-            "train it as a plain weight, without the power. Two ways out: step it with pp.optim."
-            "PowerSGD, or let the layer store phi, which any optimizer may step: "
+            "train it as a plain weight, without the power. Two ways out: step it with an "
+            "optimizer of pp.optim (PowerSGD, PowerAdamW), or let the layer store phi, which any "
+            "optimizer may step: "
             f"pp.powerize(pp.fold(model), alpha, stores='phi').{_hint(weight)}"
         )
     if freezing is not None:
         raise RuntimeError(
             f"{name}.step: {freezing} has an update_mask, and {name} would move the entries that "
-            "it freezes. Two ways out: step the weight with an optimizer of pp.optim, or set the "
-            f"layer's update_mask to None.{_hint(weight)}"
+            "it freezes. Two ways out: step the weight with an optimizer of pp.optim (PowerSGD, "
+            f"PowerAdamW), or set the layer's update_mask to None.{_hint(weight)}"
         )
 
 

@@ -61,6 +61,15 @@ class Masked(nn.Module):
             )
         return self._placed(mask)
 
+    def _check_masks_fit(self, weight: Tensor) -> None:
+        """A new ``weight`` has the shape of the masks that are set."""
+        for name, mask in self._masks().items():
+            if mask.shape != weight.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: the new weight must have the shape of {name}, "
+                    f"{tuple(mask.shape)}, got {tuple(weight.shape)}; set the masks to None first"
+                )
+
     def _placed(self, mask: BitMask) -> BitMask:
         device = self.weight.device
         # A meta tensor holds no values, and the mask's would be lost.

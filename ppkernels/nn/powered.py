@@ -1,4 +1,5 @@
 """What the powered layers share: the exponent, what the weight stores, checkpoints."""
+# Longer than 350 lines: all that a powered layer does otherwise than nn.Module stands together.
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ class Powered(Masked):
         stores: ``"theta"`` or ``"phi"``; fixed when the layer is made.
         alpha: α, a 0-dim float64 buffer. It follows the layer from device to device but keeps its
             dtype and its value through every cast; on devices without float64 it stays on the CPU.
+            Assigning another such tensor leaves the weight as it is; `set_alpha` asks what to keep.
         update_mask: a `pp.BitMask` of the weight's shape, or None. An entry whose bit is 0 is
             frozen: the optimizers of `pp.optim` keep its value and its state bit for bit, whatever
             momentum, decay and clipping do; the steps of all other optimizers are refused.
@@ -41,7 +43,9 @@ class Powered(Masked):
             nn.TransformerEncoderLayer) do not see the mask.
 
     Both masks may be assigned at any time; a mask comes to the weight's device and follows the
-    layer. They go with the layer into copies, pickles and checkpoints, but are no buffers.
+    layer. They go with the layer into copies, pickles and checkpoints, but are no buffers: the
+    average of a torch.optim.swa_utils.AveragedModel has the masks of the moment when it was copied,
+    and hears of no later one.
 
     Where φ is stored, whoever writes to ``weight`` writes φ: ``nn.init.kaiming_uniform_(weight)``
     draws φ, not θ. Draw θ aside and give it to `set_theta`, or use `pp.nn.init`.
@@ -52,7 +56,9 @@ class Powered(Masked):
     whose values are θ and leave the layer's exponent as it is. Loading a checkpoint with an
     exponent sets the layer's. The words of the masks stand under ``update_mask`` and ``mask`` where
     these are set; loading sets both masks, to None where a powered layer's checkpoint has none, and
-    leaves them as they are where the checkpoint is a plain layer's.
+    leaves them as they are where the checkpoint is a plain layer's. torch.distributed.checkpoint
+    loads only keys that the model has when it begins: there a new model needs masks, of any bits,
+    first.
     """
 
     # Until a layer has its exponent it is a plain one, whose weight is θ.
@@ -170,11 +176,22 @@ class Powered(Masked):
         masks = self._described_masks()
         return f"{plain}, alpha={self.alpha.item()}, stores={self.stores!r}{masks}"
 
-    # ---- where the weight's Parameter is exchanged, the registry hears of it
+    # ---- where weight or exponent is exchanged for another tensor, the registry hears of it
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and param is not None:
+            self._check_masks_fit(param)
         super().register_parameter(name, param)
         _powered.weights_changed()
+
+    # `layer.alpha = tensor` comes here too.
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        is_alpha = name == "alpha" and "_is_replica" not in self.__dict__
+        if is_alpha:
+            tensor = alpha_tensor(type(self).__name__, cast(Tensor, tensor))
+        super().register_buffer(name, tensor, persistent)
+        if is_alpha:
+            _powered.weights_changed()
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)

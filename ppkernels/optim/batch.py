@@ -120,4 +120,10 @@ def _update_words(optimizer: str, parameter: Tensor) -> Tensor:
             "its own (torch.nn.utils.prune, parametrize or weight_norm has replaced it), so no "
             "entry of it can be frozen; undo that, or set the layer's update_mask to None"
         )
+    if layer.update_mask.shape != parameter.shape:
+        raise RuntimeError(
+            f"{optimizer}: the update_mask of {layer} has shape {tuple(layer.update_mask.shape)}, "
+            f"and its weight has shape {tuple(parameter.shape)}; give the layer a mask of the "
+            "weight's shape, or None"
+        )
     return layer.update_mask.words

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, Literal, get_args, overload
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ppkernels import _powered
 from ppkernels._checks import alpha_tensor, check_alpha
@@ -45,9 +46,9 @@ class PowerOptimizer(Optimizer):
 
     def __init__(self, params: nn.Module | Parameters, defaults: dict[str, Any]) -> None:
         self._batches: dict[int, list[Batch]] = {}
-        # The registry of layers is weak. Who keeps parameters and lets their model go would find
-        # them stepped as plain ones.
-        self._kept: list[_powered.PoweredLayer] = []
+        # The registry of layers is weak: the weight of a layer that is gone looks like a plain
+        # parameter. So for each parameter a weak reference to the layer that last owned it.
+        self._owners = WeakIdKeyDictionary()
         super().__init__(
             params.parameters() if isinstance(params, nn.Module) else params,
             {**defaults, "alpha": None},
@@ -142,25 +143,37 @@ class PowerOptimizer(Optimizer):
         try:
             for parameter in param_group["params"]:
                 check_owners(type(self).__name__, parameter, param_group["alpha"])
-                self._kept += _powered.layers_of(parameter)
+                self._remember(parameter)
         except ValueError:
             self.param_groups.pop()
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over another optimizer's state; options that it lacks stay this optimizer's own.
+        """Take over another optimizer's state; options that a group lacks stay as they are here.
 
         So the state_dict of the torch optimizer of the same formula may be loaded, state and all.
         """
-        own = {**state.get("defaults", getattr(self, "defaults", {}))}
         for values in state.get("state", {}).values():
             # torch.optim.SGD without momentum.
             if isinstance(values, dict) and values.get("momentum_buffer", values) is None:
                 del values["momentum_buffer"]
-        groups = [{**own, **self.translated(group)} for group in state.get("param_groups", [])]
+        saved = state.get("param_groups", [])
+        if "defaults" in state:  # a copy, or out of a pickle
+            own = [state["defaults"]] * len(saved)
+        else:
+            # torch adds to the defaults what the groups do not have.
+            own = [
+                {key: group[key] for key in self.defaults if key in group}
+                for group in self.param_groups
+            ]
+        groups = [
+            {**options, **self.translated(group)} for options, group in zip(own, saved, strict=True)
+        ]
         for group in groups:
             self.check_options(group)
-        self._batches, self._kept = {}, getattr(self, "_kept", [])
+        self._batches = {}
+        if "_owners" not in self.__dict__:
+            self._owners = WeakIdKeyDictionary()
         super().__setstate__({**state, "param_groups": groups})
 
     def translated(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +182,14 @@ class PowerOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any torch optimizer; float32 states beside half weights stay float32."""
-        super().load_state_dict(state_dict)
+        loaded = [state_dict]
+        # The last hook, so that it sees the dict that the user's own hand on.
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        state_dict = loaded[-1]
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
         for key, parameter in zip(saved, own, strict=True):
@@ -202,25 +222,17 @@ class PowerOptimizer(Optimizer):
         self._look_at_layers()
         # Attributes that a GradScaler sets for the time of the call.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        # All that is refused is found before anything is changed.
+        steps = []
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             for batch in self._batches_of(group, params):
-                device = batch.params[0].device
-                scaling = (_on(device, grad_scale), _on(device, found_inf))
-                self._step_checked(group, batch, scaling)
-        return loss
-
-    def _step_checked(self, group: dict[str, Any], batch: Batch, scaling: Scaling) -> None:
-        grads: list[Any] = [parameter.grad for parameter in batch.params]
-        try:
+                steps.append((group, batch, _grads_of(type(self).__name__, batch.params)))
+        for group, batch, grads in steps:
+            device = batch.params[0].device
+            scaling = (_on(device, grad_scale), _on(device, found_inf))
             self.step_batch(group, batch, grads, scaling)
-        except (RuntimeError, TypeError):
-            # The fused step checks its tensors before it changes any. What it does not take may be
-            # a gradient that only wants a cast, or a better word.
-            dense = [_dense_grad(type(self).__name__, parameter) for parameter in batch.params]
-            if all(map(operator.is_, dense, grads)):
-                raise
-            self.step_batch(group, batch, dense, scaling)
+        return loss
 
     # ---- layers
 
@@ -233,7 +245,26 @@ class PowerOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 check_owners(type(self).__name__, parameter, group["alpha"])
+                self._remember(parameter)
         self._agreed = generation
+
+    def _remember(self, parameter: Tensor) -> None:
+        """Note which layer owns ``parameter`` now; that of one that is gone stays noted."""
+        layers = _powered.layers_of(parameter)
+        if layers:
+            self._owners[parameter] = ref(layers[0])
+        elif parameter in self._owners and self._owners[parameter]() is not None:
+            del self._owners[parameter]  # the layer was folded, or has another weight
+
+    def _check_not_orphaned(self, parameter: Tensor) -> None:
+        """The layer that last owned ``parameter`` is alive, or it has none."""
+        is_gone = parameter in self._owners and self._owners[parameter]() is None
+        if is_gone and not _powered.layers_of(parameter):
+            raise RuntimeError(
+                f"{type(self).__name__}: the powered layer whose weight of shape "
+                f"{tuple(parameter.shape)} is to be stepped is gone, and its exponent with it; "
+                "keep the model alive while its optimizer steps"
+            )
 
     def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Batch]:
         """The group's parameters with a gradient, one batch for each device."""
@@ -242,6 +273,7 @@ class PowerOptimizer(Optimizer):
             return known
         by_device: dict[torch.device, list[Tensor]] = {}
         for parameter in params:
+            self._check_not_orphaned(parameter)
             by_device.setdefault(parameter.device, []).append(parameter)
         name = type(self).__name__
         batches = [batch_of(name, some, group["alpha"]) for some in by_device.values()]
@@ -251,6 +283,16 @@ class PowerOptimizer(Optimizer):
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
     return number if number is None or number.device == device else number.to(device)
+
+
+def _grads_of(optimizer: str, params: list[Tensor]) -> list[Tensor]:
+    """The gradients of ``params``, all dense and of their parameter's dtype."""
+    grads: list[Any] = [parameter.grad for parameter in params]
+    unlike = any(
+        grad.dtype is not parameter.dtype or grad.layout is not torch.strided
+        for grad, parameter in zip(grads, params, strict=True)
+    )
+    return [_dense_grad(optimizer, parameter) for parameter in params] if unlike else grads
 
 
 def _dense_grad(optimizer: str, parameter: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ class PowerSGD(PowerOptimizer):
             the state; the copy is what is stepped. A weight that somebody overwrites counts for
             more than its copy.
 
-    At α = 1 the steps are torch.optim.SGD's bit for bit (float32, compiled CPU kernels). A weight
+    At α = 1 the steps are torch.optim.SGD's bit for bit (float32, compiled CPU kernels), with
+    ``foreach`` or without; ``fused=True`` rounds the last elements of a tensor otherwise. A weight
     that is exactly 0 stays 0 for α > 1. ``.grad`` is ∂L/∂θ, so clipping works as ever. With a
     torch.amp.GradScaler the gradients are unscaled in the same pass, and stay scaled in ``.grad``.
 
@@ -74,7 +75,8 @@ class PowerSGD(PowerOptimizer):
         TypeError: an option that is no number.
         ValueError: an option out of range; layers that share a weight but not α, ``stores`` and
             update mask, at a step too.
-        RuntimeError: at a step, sparse gradients, or a weight that torch.nn.utils has replaced.
+        RuntimeError: at a step, sparse gradients, a weight that torch.nn.utils has replaced, or one
+            whose powered layer is gone; no parameter has changed then.
 
     Under torch.compile a step is a graph break and runs as it is.
 

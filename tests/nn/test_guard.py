@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import ppkernels as pp
 
-WAYS_OUT = r"holds theta.* pp\.optim\.PowerSGD.*stores='phi'"
+WAYS_OUT = r"holds theta.* an optimizer of pp\.optim \(PowerSGD, PowerAdamW\).*stores='phi'"
 
 
 def trained(model: nn.Module) -> nn.Module:

@@ -171,6 +171,25 @@ def test_bad_masks(name: str, value: object, error: type[Exception], message: st
     assert getattr(layer, name) is before
 
 
+@each_mask
+def test_a_weight_of_another_shape_does_not_fit_under_a_mask(name: str) -> None:
+    layer = linear("theta")
+    setattr(layer, name, random_mask(5, 6))
+    weight = layer.weight
+    message = rf"new weight must have the shape of {name}, \(5, 6\), got \(4, 6\); set the masks"
+    for attempt in (
+        lambda: setattr(layer, "weight", nn.Parameter(torch.ones(4, 6))),
+        lambda: layer.register_parameter("weight", nn.Parameter(torch.ones(4, 6))),
+    ):
+        with pytest.raises(ValueError, match=f"^PowerLinear: the {message}"):
+            attempt()
+    assert layer.weight is weight
+    layer.weight = nn.Parameter(torch.ones(5, 6))
+    assert getattr(layer, name) is not None
+    setattr(layer, name, None)
+    layer.weight = nn.Parameter(torch.ones(4, 6))
+
+
 @each_storage
 def test_repr_shows_how_much_is_kept(stores: str) -> None:
     layer = linear(stores)
@@ -426,7 +445,7 @@ def test_a_stock_optimizer_may_not_step_frozen_entries() -> None:
     step()
     layer.update_mask = random_mask(5, 6)
     before = copy.deepcopy(layer)
-    message = r"SGD.step: PowerLinear.* has an update_mask.*an optimizer of pp\.optim, or set"
+    message = r"SGD.step: PowerLinear.* has an update_mask.* \(PowerSGD, PowerAdamW\), or set"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=message):
             step()

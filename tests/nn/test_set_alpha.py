@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +106,41 @@ def test_all_layers_or_none() -> None:
         pp.set_alpha(model, 2.0, keep="phi")
     assert model[0].alpha.item() == 1.5
     assert torch.equal(model[0].weight, before)
+
+
+# ---- assignment
+
+
+def tensor_of(alpha: float) -> torch.Tensor:
+    return torch.tensor(alpha, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("stores", ["theta", "phi"])
+def test_an_exponent_that_is_assigned_leaves_the_weight(stores: str) -> None:
+    powered = layer(stores)
+    stored = powered.weight.detach().clone()
+    powered.alpha = tensor_of(2.0)
+    assert torch.equal(powered.weight, stored)
+    assert "alpha" in powered.state_dict()
+    assert copy.deepcopy(powered).alpha.item() == powered.double().alpha.item() == 2.0
+    other = layer(stores)
+    other.load_state_dict(powered.state_dict(), assign=True)
+    assert other.alpha.item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("alpha", "error", "message"),
+    [
+        (tensor_of(0.5), ValueError, r"^PowerLinear: alpha must be a finite number >= 1, got 0\.5"),
+        (tensor_of(torch.nan), ValueError, "alpha must be a finite number >= 1, got nan"),
+        (torch.tensor(2.0), TypeError, "alpha as a tensor must be 0-dim float64"),
+        (tensor_of(2.0).view(1), TypeError, "alpha as a tensor must be 0-dim float64"),
+        (None, TypeError, "alpha must be a float or a 0-dim float64 tensor, got NoneType"),
+        (2.0, TypeError, "cannot assign 'float' as buffer 'alpha'"),
+    ],
+)
+def test_what_cannot_be_assigned(alpha: object, error: type[Exception], message: str) -> None:
+    powered = layer("theta")
+    with pytest.raises(error, match=message):
+        powered.alpha = alpha
+    assert powered.alpha.item() == 1.5

@@ -276,6 +276,18 @@ def test_a_mask_on_one_of_two_tied_layers_freezes() -> None:
     check_frozen(second, optimizer, gradients, 20)
 
 
+def test_a_mask_of_another_shape_is_refused() -> None:
+    """The weight was exchanged behind the layer's back, where nothing is checked."""
+    layer = pp.nn.PowerLinear(7, 7, alpha=2.0, bias=False)
+    layer.update_mask = random_mask(layer)
+    layer._parameters["weight"] = weight = nn.Parameter(torch.ones(49))
+    weight.grad = torch.ones(49)
+    message = r"update_mask of PowerLinear.* has shape \(7, 7\), and its weight has shape \(49,\)"
+    with pytest.raises(RuntimeError, match=f"^PowerSGD: the {message}"):
+        pp.optim.PowerSGD([weight], 0.1).step()
+    assert torch.equal(weight, torch.ones(49))
+
+
 @pytest.mark.parametrize("replace", [prune.identity, lambda *names: weight_norm(names[0])])
 def test_entries_of_a_replaced_weight_cannot_be_frozen(replace: Any) -> None:
     layer = pp.nn.PowerLinear(7, 7, alpha=2.0, stores="phi")

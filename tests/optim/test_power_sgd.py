@@ -9,6 +9,7 @@ import gc
 import io
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -66,16 +67,59 @@ def test_a_layer_powerized_after_the_optimizer(stepped: Callable[..., torch.Tens
     assert torch.equal(weight, expected)
 
 
-def test_a_model_that_is_gone_is_stepped_with_the_power_all_the_same(
-    stepped: Callable[..., torch.Tensor],
-) -> None:
+@pytest.mark.parametrize("looked", [False, True], ids=["before the first step", "after one"])
+@pytest.mark.parametrize("stores", ["theta", "phi"])
+def test_the_weight_of_a_layer_that_is_gone_is_not_stepped(stores: str, looked: bool) -> None:
+    model = pp.powerize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), 2.0, stores)
+    optimizer = pp.optim.PowerSGD(with_gradients(model), 0.1, momentum=0.9)
+    if looked:
+        optimizer.step()
+    parameters = [model[0].weight, model[1].weight, model[1].bias]
+    before = [parameter.detach().clone() for parameter in parameters]
+    model[0] = nn.Identity()
+    gc.collect()
+    message = r"PowerSGD: the powered layer whose weight of shape \(3, 4\) is .* keep the model"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        pp.optim.PowerSGD(nn.Linear(2, 2), 0.1)  # reads the layers anew
+    assert all(map(torch.equal, parameters, before))
+    parameters[0].grad = None
+    optimizer.step()
+    assert not any(map(torch.equal, parameters[1:], before[1:]))
+
+
+def test_the_optimizer_keeps_no_layer_alive() -> None:
     layer = with_gradients(pp.nn.PowerLinear(4, 4, alpha=2.0))
-    weight, optimizer = layer.weight, pp.optim.PowerSGD(layer, 0.1)
-    expected = stepped(weight, weight.grad, 2.0, 0.1)
+    optimizer = pp.optim.PowerSGD(layer, 0.1)
+    optimizer.step()
+    reference = weakref.ref(layer)
     del layer
     gc.collect()
+    assert reference() is None
+    assert optimizer.param_groups
+
+
+def test_a_weight_that_has_left_its_layer_is_plain(stepped: Callable[..., torch.Tensor]) -> None:
+    """Folded, exchanged, or passed on to a layer that lives on: that of the moment counts."""
+    folded, exchanged, first, second = (
+        with_gradients(pp.nn.PowerLinear(4, 4, alpha=alpha, bias=False)) for alpha in (2, 2, 2, 3)
+    )
+    weights = [folded.weight, exchanged.weight, first.weight]
+    optimizer = pp.optim.PowerSGD(weights, 0.1)
     optimizer.step()
-    assert torch.equal(weight, expected)
+    starts = [weight.detach().clone() for weight in weights]
+    pp.fold(folded)
+    exchanged.weight = nn.Parameter(torch.ones(4, 4))
+    second.weight = first.weight
+    del first
+    gc.collect()
+    optimizer.step()
+    for weight, start, alpha in zip(weights, starts, (1, 1, 3), strict=True):
+        assert torch.equal(weight, stepped(start, weight.grad, tensor_of(alpha), 0.1))
+    del folded, exchanged
+    gc.collect()
+    optimizer.step()
 
 
 def test_set_alpha_holds_from_the_next_step(stepped: Callable[..., torch.Tensor]) -> None:
@@ -87,6 +131,24 @@ def test_set_alpha_holds_from_the_next_step(stepped: Callable[..., torch.Tensor]
     optimizer.step()
     expected = stepped(before, layer.weight.grad, tensor_of(3.0), 0.1)
     assert torch.equal(layer.weight, expected)
+
+
+def test_an_alpha_that_is_assigned_holds_from_the_next_step(
+    stepped: Callable[..., torch.Tensor],
+) -> None:
+    layer = with_gradients(pp.nn.PowerLinear(4, 4, alpha=1.5))
+    optimizer = pp.optim.PowerSGD(layer, 0.1)
+    optimizer.step()
+    before = layer.weight.detach().clone()
+    layer.alpha = tensor_of(3.0)
+    optimizer.step()
+    assert torch.equal(layer.weight, stepped(before, layer.weight.grad, 3.0, 0.1))
+    tied = pp.nn.PowerLinear(4, 4, alpha=3.0)
+    tied.weight = layer.weight
+    optimizer.step()
+    tied.alpha = tensor_of(2.0)
+    with pytest.raises(ValueError, match="share one weight, so they need the same alpha"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("of_layer", [True, False])
@@ -157,6 +219,20 @@ def test_gradients_of_another_dtype(rule: str, stepped: Callable[..., torch.Tens
     layer.weight.grad = grad
     pp.optim.PowerSGD(layer, 0.1, rule=rule).step()
     assert torch.equal(layer.weight, expected)
+
+
+def test_the_first_step_of_a_gradient_of_another_dtype_is_not_dampened() -> None:
+    """The buffer starts as the gradient itself, as torch.optim.SGD's does."""
+    weight = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    weight.grad_dtype = None
+    optimizer = pp.optim.PowerSGD([weight], 0.1, momentum=0.9, dampening=0.5)
+    buffer = 0.0
+    for grad in (0.5, 0.25):
+        weight.grad = torch.full((4,), grad)
+        optimizer.step()
+        buffer = 0.9 * buffer + 0.5 * grad if buffer else grad
+        came = optimizer.state[weight]["momentum_buffer"]
+        assert torch.equal(came, torch.full((4,), buffer, dtype=torch.bfloat16))
 
 
 def test_plain_tensors_with_an_alpha_of_their_own(stepped: Callable[..., torch.Tensor]) -> None:
@@ -230,6 +306,52 @@ def test_the_state_of_a_torch_sgd_may_be_loaded() -> None:
     optimizer.load_state_dict(decaying)
     (group,) = optimizer.param_groups
     assert (group["weight_decay"], group["decay"], group["decay_of"]) == (0.1, "coupled", "theta")
+
+
+def test_options_that_a_loaded_group_lacks_stay_those_of_the_group() -> None:
+    tensors = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    stock = torch.optim.SGD([{"params": [t]} for t in tensors], 0.01, momentum=0.5)
+    own = {
+        "alpha": tensor_of(2.0),
+        "rule": "chain",
+        "decay": "decoupled",
+        "decay_of": "phi",
+        "master_weights": True,
+    }
+    optimizer = pp.optim.PowerSGD(
+        [{"params": tensors[:1], **own, "note": 1}, {"params": tensors[1:]}], 1.0
+    )
+    optimizer.load_state_dict(stock.state_dict())
+    for group, options in zip(optimizer.param_groups, (own, {}), strict=True):
+        assert (group["lr"], group["momentum"]) == (0.01, 0.5)
+        assert {name: group[name] for name in own} == {
+            name: options.get(name, optimizer.defaults[name]) for name in own
+        }
+        assert "note" not in group
+
+
+def test_what_hooks_make_of_a_state_is_what_is_loaded() -> None:
+    """The whole of it: a new dict too, and float32 beside half weights."""
+    weight = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    options = {"lr": 0.1, "momentum": 0.9, "master_weights": True}
+    source, target = (pp.optim.PowerSGD([weight], **options) for _ in range(2))
+    source.step()
+    state = source.state_dict()
+    precise = torch.full((2,), 1 + 2**-12)
+
+    def renamed(_: torch.optim.Optimizer, given: dict) -> dict:
+        (values,) = given["state"].values()
+        group = {**given["param_groups"][0], "params": ["w"]}
+        return {"state": {"w": {**values, "master": precise}}, "param_groups": [group]}
+
+    handle = target.register_load_state_dict_pre_hook(renamed)
+    target.load_state_dict(state)
+    assert torch.equal(target.state[weight]["master"], precise)
+    assert state["param_groups"][0]["params"] == [0]
+    handle.remove()
+    target.load_state_dict(state)
+    assert torch.equal(target.state[weight]["master"], state["state"][0]["master"])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -358,3 +480,24 @@ def test_sparse_gradients_are_refused() -> None:
         RuntimeError, match=r"gradients must be dense, got torch.sparse_coo .*\(4, 3"
     ):
         pp.optim.PowerSGD(embedding, 0.1).step()
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["in one group", "in groups"])
+def test_a_refused_gradient_changes_nothing(together: bool) -> None:
+    embedding, layer = nn.Embedding(4, 3, sparse=True), pp.nn.PowerLinear(4, 4, alpha=2.0)
+    embedding(torch.tensor([1])).sum().backward()
+    groups = [{"params": [*with_gradients(layer).parameters()]}, {"params": embedding.parameters()}]
+    given = [p for group in groups for p in group["params"]] if together else groups
+    twin = copy.deepcopy(layer)
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    optimizer = pp.optim.PowerSGD(given, **options)
+    with pytest.raises(RuntimeError, match="gradients must be dense"):
+        optimizer.step()
+    assert all(map(torch.equal, layer.parameters(), twin.parameters()))
+    assert not any(optimizer.state.values())
+    embedding.weight.grad = None
+    optimizer.step()
+    for own, parameter in zip(twin.parameters(), layer.parameters(), strict=True):
+        own.grad = parameter.grad
+    pp.optim.PowerSGD(twin, **options).step()
+    assert all(map(torch.equal, layer.parameters(), twin.parameters()))

@@ -23,7 +23,7 @@ class BitMask:
 
     ``a & b``, ``a | b``, ``a - b`` (set in a and not in b) and ``~a`` give new masks; the operands
     must have one shape and one device. ``a == b`` is a bool: whether shapes and entries are the
-    same, on whatever devices. Masks have no hash.
+    same, on whatever devices. Masks have no hash. torch.save and torch.load take them as they are.
 
     Attributes:
         words: the entries in row-major order, contiguous uint8 [ceil(N / 8)]; entry i is bit i % 8
@@ -202,3 +202,7 @@ def _without_padding(words: Tensor, shape: Sequence[int]) -> Tensor:
     if used:
         words[-1:] &= (1 << used) - 1
     return words
+
+
+# torch.load with weights_only=True, its default, makes objects of known classes alone.
+torch.serialization.add_safe_globals([BitMask])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -126,15 +127,16 @@ def check_words(op: str, words: Tensor, entries: int | None = None) -> None:
 
 def checked_shape(op: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     """``shape`` as a tuple of numbers that are not negative."""
-    sizes = (shape,) if isinstance(shape, (int, torch.SymInt)) else shape
-    # bool is a kind of int, and a Tensor a kind of sequence.
+    sizes = (shape,) if isinstance(shape, (Integral, torch.SymInt)) else shape
+    # bool is a kind of int, and a Tensor a kind of sequence. numpy's integers are Integral.
     if not isinstance(sizes, (tuple, list)) or not all(
-        isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in sizes
+        isinstance(size, (Integral, torch.SymInt)) and not isinstance(size, bool) for size in sizes
     ):
         raise TypeError(f"{op}: shape must be a number or a tuple of numbers, got {shape!r}")
     if any(size < 0 for size in sizes):
         raise ValueError(f"{op}: shape must have no negative sizes, got {tuple(sizes)}")
-    return tuple(sizes)
+    # The op's schema takes Python's own; a SymInt has to stay one.
+    return tuple(int(size) if isinstance(size, Integral) else size for size in sizes)
 
 
 def _check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
