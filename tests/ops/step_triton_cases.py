@@ -227,8 +227,9 @@ def check(call: Call) -> None:
         if call.masks and call.masks[i] is not None:
             frozen = ~call.masks[i]
             assert same_bits(call.weights[i][frozen], before.weights[i][frozen])
-            for column, old in zip(call.states, before.states, strict=True):
-                assert same_bits(column[i][frozen], old[i][frozen])
+            columns, olds = [*call.states, call.masters], [*before.states, before.masters]
+            for column, old in zip(columns, olds, strict=True):
+                assert not column or same_bits(column[i][frozen], old[i][frozen])
     if call.optimizer in (ADAM, AMSGRAD):
         assert [s.item() for s in call.steps] == [s.item() + 1 for s in before.steps]
 
@@ -299,6 +300,17 @@ def test_an_overwritten_weight_counts_and_not_its_master():
     plain.run()
     for mine, other in zip(call.masters + call.weights, plain.masters + plain.weights, strict=True):
         assert same_bits(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_frozen_master_keeps_its_bits_beside_an_overwritten_weight(dtype):
+    weight = torch.full((20,), 3.0, dtype=dtype, device=DEVICE)
+    master = torch.full((20,), 7.0, device=DEVICE)
+    mask = torch.arange(20, device=DEVICE) % 3 == 0
+    Call(SGD, [weight], [weight.clone()], [], [1.5], masters=[master], masks=[mask]).run()
+    assert (master[~mask] == 7.0).all()
+    assert (weight[~mask] == 3.0).all()
+    assert (master[mask] < 3.0).all()
 
 
 @pytest.mark.parametrize("maximize", [False, True])

@@ -338,7 +338,9 @@ def _step_block(
     if MASKS:
         free = _free(row, all_rows, start, left, BLOCK)
         shown = tl.where(free, shown, stored)
-        moved = tl.where(free, moved, weight)
+        if MASTERS:
+            # Its own bits too, also where the weight was overwritten.
+            moved = tl.where(free, moved, master)
     _store(weights, shown, tile, left, BLOCK)
     if MASTERS:
         _store(masters, moved, tile, left, BLOCK)
