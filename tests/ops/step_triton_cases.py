@@ -22,12 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ppkernels.ops.step import gpu, reference, table
+from ppkernels.testing_steps import StepLists, check_step, step_cases
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SGD, MOMENTUM, NESTEROV, ADAM, AMSGRAD = "sgd", "momentum", "nesterov", "adam", "amsgrad"
 OPTIMIZERS = {SGD: 0, MOMENTUM: 1, NESTEROV: 1, ADAM: 2, AMSGRAD: 3}
 DECAYS = list(itertools.product(("coupled", "decoupled"), ("theta", "phi")))
+CASES = {case.name: case for case in step_cases()}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # One element, few, a block and a bit, none, and several words of mask; the third and fourth hold φ.
 SHAPES = ((1,), (37,), (1030,), (6, 7), (0,), (13, 40))
@@ -385,6 +387,14 @@ def test_a_step_of_zero_keeps_the_weight(optimizer, rule, dtype):
         assert same_bits(stepped, weight), alpha
 
 
+@pytest.mark.parametrize("alpha", [1e6, 1e7])
+def test_a_series_beyond_float32_is_not_used(alpha):
+    weight = torch.tensor([1.0, -3.0, 1e-30], device=DEVICE)
+    stepped = weight.clone()
+    Call(SGD, [stepped], [torch.zeros_like(weight)], [], [alpha]).run()
+    assert same_bits(stepped, weight)
+
+
 @pytest.mark.parametrize("dtype", [*INTEGERS.values()], ids=str)
 @pytest.mark.parametrize("optimizer", [MOMENTUM, AMSGRAD])
 def test_frozen_entries_keep_any_bits(optimizer, dtype):
@@ -449,6 +459,28 @@ def test_steps_of_every_size(alpha, rule, lr):
     assert not wrong.any(), (before[wrong][:5], grad.to(DEVICE)[wrong][:5], result[wrong][:5])
     assert (result[~inside].isfinite() | (exact[~inside].abs() >= 2.0**119)).all()
     assert inside.sum() > 300
+
+
+def crossing(alpha: float, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weights, and gradients by which a step of SGD with lr = 0.1 leaves next to nothing of φ."""
+    phi = (torch.randn(count, generator=random).double() * 0.3).exp2() * 0.5
+    left = torch.exp2(torch.rand(count, generator=random).double() * -16)
+    left = left * torch.randn(count, generator=random).sign()
+    grad = (1 - left) * phi / (0.1 * alpha * phi ** (alpha - 1))
+    return (phi**alpha).float().to(DEVICE), grad.float().to(DEVICE)
+
+
+@pytest.mark.parametrize("rule", ["virtual", "chain"])
+def test_steps_that_end_near_zero(rule):
+    """By the rule of `ppkernels.testing_steps`: as exact as the step of φ, however small θ is."""
+    random = torch.Generator().manual_seed(4)
+    alphas = [1.1, 1.5, 2.0, 3.0, 4.0, 5.5, 8.0]
+    weights, grads = zip(*(crossing(alpha, 200, random) for alpha in alphas), strict=True)
+    case = CASES[f"SGD, {rule}, no decay"]
+    before = StepLists([*weights], [*grads], [], [], alphas, [False] * len(alphas))
+    after = before.clone()
+    Call(SGD, after.weights, after.grads, [], alphas, rule=rule).run()
+    check_step(case, before, after)
 
 
 # ---- overflows
