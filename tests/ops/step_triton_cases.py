@@ -363,6 +363,24 @@ def test_more_weights_than_are_looked_through_at_once():
     check(Call(SGD, weights, grads, [], alphas))
 
 
+@pytest.mark.parametrize("decay_of", ["theta", "phi"])
+@pytest.mark.parametrize("lr, drift", [(1e-5, 2.0**-28), (1e-3, 2.0**-28), (0.9, 2.0**-24)])
+def test_decoupled_decay_does_not_drift(lr, drift, decay_of):
+    """Roundings average out; what does not would add up over the steps of a training."""
+    random = torch.Generator().manual_seed(5)
+    weight = torch.rand(4096, generator=random).add(0.5).to(DEVICE)
+    alphas, holds_phi = [1.0, 1.5, 3.0, 1.5, 1.5], [0, 0, 0, 1, 0]
+    zeros = [torch.zeros_like(weight) for _ in alphas]
+    decay = {"decay": ("decoupled", decay_of), "weight_decay": 1.0, "lr": lr}
+    call = Call(SGD, [weight.clone() for _ in alphas], zeros, [], alphas, holds_phi, **decay)
+    exact = [call.expected(i)[0] for i in range(len(alphas))]
+    call.run()
+    for i, expected in enumerate(exact):
+        error = call.weights[i].double() / expected - 1
+        assert error.mean().abs() < drift, f"weight {i}"
+        assert error.abs().max() < 2.0**-22, f"weight {i}"
+
+
 # ---- what is exact
 
 
