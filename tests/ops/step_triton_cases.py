@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppkernels.ops.step import gpu, reference, table
-from ppkernels.testing_steps import StepLists, check_step, step_cases
+from ppkernels.testing_steps import StepLists, check_step, step_cases, step_lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -485,7 +485,7 @@ def crossing(alpha: float, count: int, random: torch.Generator) -> tuple[Tensor,
     left = torch.exp2(torch.rand(count, generator=random).double() * -16)
     left = left * torch.randn(count, generator=random).sign()
     grad = (1 - left) * phi / (0.1 * alpha * phi ** (alpha - 1))
-    return (phi**alpha).float().to(DEVICE), grad.float().to(DEVICE)
+    return (phi**alpha).float(), grad.float()
 
 
 @pytest.mark.parametrize("rule", ["virtual", "chain"])
@@ -494,11 +494,21 @@ def test_steps_that_end_near_zero(rule):
     random = torch.Generator().manual_seed(4)
     alphas = [1.1, 1.5, 2.0, 3.0, 4.0, 5.5, 8.0]
     weights, grads = zip(*(crossing(alpha, 200, random) for alpha in alphas), strict=True)
-    case = CASES[f"SGD, {rule}, no decay"]
-    before = StepLists([*weights], [*grads], [], [], alphas, [False] * len(alphas))
+    check_sgd(rule, StepLists([*weights], [*grads], [], [], alphas, [False] * len(alphas)))
+
+
+@pytest.mark.parametrize("rule", ["virtual", "chain"])
+def test_large_exponents(rule):
+    """α times the rounding of 1 + r would be many units in the last place."""
+    alphas = (8.0, 12.0, 32.0, 130.0)
+    check_sgd(rule, step_lists(CASES[f"SGD, {rule}, no decay"], torch.float32, 400, alphas))
+
+
+def check_sgd(rule: str, before: StepLists) -> None:
+    before = before.map(lambda tensor: tensor.to(DEVICE))
     after = before.clone()
-    Call(SGD, after.weights, after.grads, [], alphas, rule=rule).run()
-    check_step(case, before, after)
+    Call(SGD, after.weights, after.grads, [], before.alphas, before.holds_phi, rule=rule).run()
+    check_step(CASES[f"SGD, {rule}, no decay"], before, after)
 
 
 # ---- overflows

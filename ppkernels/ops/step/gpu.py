@@ -145,8 +145,17 @@ def _far(weight, u, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
     kept = _kept(weight, own, rows)
     # Where δ is the larger, δ/φ could overflow, and φ + δ is as exact.
     is_near = tl.abs(delta) < tl.abs(phi)
-    base = tl.where(is_near, 1.0 + delta / phi, phi + delta)
-    theta = signed_power(base, alpha, PRECISE) * tl.where(is_near, kept, 1.0)
+    r = tl.where(is_near, delta / phi, 0.0)
+    near = 1.0 + r
+    # What 1 + r loses by being rounded, its power would lose α times; nothing below 1/2.
+    lost = r - (near - 1.0)
+    kept_more = kept + kept * tl.where(lost == 0.0, 0.0, alpha.to(DTYPE) * (lost / near))
+    base = tl.where(is_near, near, phi + delta)
+    # The power of up to 2 may overflow, which a small θ would bring back: in two parts.
+    has_parts = alpha > 126.0
+    part = scaled_power(base, tl.where(has_parts, 0.5 * alpha, alpha), None, PRECISE)
+    theta = with_sign(part, base) * tl.where(is_near, kept_more, 1.0)
+    theta = theta * tl.where(has_parts, part, 1.0)
     return tl.where(delta == 0.0, kept, theta)
 
 
