@@ -22,12 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ppkernels.ops.step import gpu, reference, table
+from ppkernels.testing_steps import StepLists, check_step, step_cases, step_lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SGD, MOMENTUM, NESTEROV, ADAM, AMSGRAD = "sgd", "momentum", "nesterov", "adam", "amsgrad"
 OPTIMIZERS = {SGD: 0, MOMENTUM: 1, NESTEROV: 1, ADAM: 2, AMSGRAD: 3}
 DECAYS = list(itertools.product(("coupled", "decoupled"), ("theta", "phi")))
+CASES = {case.name: case for case in step_cases()}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # One element, few, a block and a bit, none, and several words of mask; the third and fourth hold φ.
 SHAPES = ((1,), (37,), (1030,), (6, 7), (0,), (13, 40))
@@ -227,8 +229,9 @@ def check(call: Call) -> None:
         if call.masks and call.masks[i] is not None:
             frozen = ~call.masks[i]
             assert same_bits(call.weights[i][frozen], before.weights[i][frozen])
-            for column, old in zip(call.states, before.states, strict=True):
-                assert same_bits(column[i][frozen], old[i][frozen])
+            columns, olds = [*call.states, call.masters], [*before.states, before.masters]
+            for column, old in zip(columns, olds, strict=True):
+                assert not column or same_bits(column[i][frozen], old[i][frozen])
     if call.optimizer in (ADAM, AMSGRAD):
         assert [s.item() for s in call.steps] == [s.item() + 1 for s in before.steps]
 
@@ -301,6 +304,17 @@ def test_an_overwritten_weight_counts_and_not_its_master():
         assert same_bits(mine, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_frozen_master_keeps_its_bits_beside_an_overwritten_weight(dtype):
+    weight = torch.full((20,), 3.0, dtype=dtype, device=DEVICE)
+    master = torch.full((20,), 7.0, device=DEVICE)
+    mask = torch.arange(20, device=DEVICE) % 3 == 0
+    Call(SGD, [weight], [weight.clone()], [], [1.5], masters=[master], masks=[mask]).run()
+    assert (master[~mask] == 7.0).all()
+    assert (weight[~mask] == 3.0).all()
+    assert (master[mask] < 3.0).all()
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM])
 def test_loss_scale_and_maximize(optimizer, maximize):
@@ -349,6 +363,24 @@ def test_more_weights_than_are_looked_through_at_once():
     check(Call(SGD, weights, grads, [], alphas))
 
 
+@pytest.mark.parametrize("decay_of", ["theta", "phi"])
+@pytest.mark.parametrize("lr, drift", [(1e-5, 2.0**-28), (1e-3, 2.0**-28), (0.9, 2.0**-24)])
+def test_decoupled_decay_does_not_drift(lr, drift, decay_of):
+    """Roundings average out; what does not would add up over the steps of a training."""
+    random = torch.Generator().manual_seed(5)
+    weight = torch.rand(4096, generator=random).add(0.5).to(DEVICE)
+    alphas, holds_phi = [1.0, 1.5, 3.0, 1.5, 1.5], [0, 0, 0, 1, 0]
+    zeros = [torch.zeros_like(weight) for _ in alphas]
+    decay = {"decay": ("decoupled", decay_of), "weight_decay": 1.0, "lr": lr}
+    call = Call(SGD, [weight.clone() for _ in alphas], zeros, [], alphas, holds_phi, **decay)
+    exact = [call.expected(i)[0] for i in range(len(alphas))]
+    call.run()
+    for i, expected in enumerate(exact):
+        error = call.weights[i].double() / expected - 1
+        assert error.mean().abs() < drift, f"weight {i}"
+        assert error.abs().max() < 2.0**-22, f"weight {i}"
+
+
 # ---- what is exact
 
 
@@ -371,6 +403,14 @@ def test_a_step_of_zero_keeps_the_weight(optimizer, rule, dtype):
     Call(optimizer, weights, zeros, states, alphas, steps=steps, rule=rule).run()
     for stepped, alpha in zip(weights, alphas, strict=True):
         assert same_bits(stepped, weight), alpha
+
+
+@pytest.mark.parametrize("alpha", [1e6, 1e7])
+def test_a_series_beyond_float32_is_not_used(alpha):
+    weight = torch.tensor([1.0, -3.0, 1e-30], device=DEVICE)
+    stepped = weight.clone()
+    Call(SGD, [stepped], [torch.zeros_like(weight)], [], [alpha]).run()
+    assert same_bits(stepped, weight)
 
 
 @pytest.mark.parametrize("dtype", [*INTEGERS.values()], ids=str)
@@ -437,6 +477,38 @@ def test_steps_of_every_size(alpha, rule, lr):
     assert not wrong.any(), (before[wrong][:5], grad.to(DEVICE)[wrong][:5], result[wrong][:5])
     assert (result[~inside].isfinite() | (exact[~inside].abs() >= 2.0**119)).all()
     assert inside.sum() > 300
+
+
+def crossing(alpha: float, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weights, and gradients by which a step of SGD with lr = 0.1 leaves next to nothing of φ."""
+    phi = (torch.randn(count, generator=random).double() * 0.3).exp2() * 0.5
+    left = torch.exp2(torch.rand(count, generator=random).double() * -16)
+    left = left * torch.randn(count, generator=random).sign()
+    grad = (1 - left) * phi / (0.1 * alpha * phi ** (alpha - 1))
+    return (phi**alpha).float(), grad.float()
+
+
+@pytest.mark.parametrize("rule", ["virtual", "chain"])
+def test_steps_that_end_near_zero(rule):
+    """By the rule of `ppkernels.testing_steps`: as exact as the step of φ, however small θ is."""
+    random = torch.Generator().manual_seed(4)
+    alphas = [1.1, 1.5, 2.0, 3.0, 4.0, 5.5, 8.0]
+    weights, grads = zip(*(crossing(alpha, 200, random) for alpha in alphas), strict=True)
+    check_sgd(rule, StepLists([*weights], [*grads], [], [], alphas, [False] * len(alphas)))
+
+
+@pytest.mark.parametrize("rule", ["virtual", "chain"])
+def test_large_exponents(rule):
+    """α times the rounding of 1 + r would be many units in the last place."""
+    alphas = (8.0, 12.0, 32.0, 130.0)
+    check_sgd(rule, step_lists(CASES[f"SGD, {rule}, no decay"], torch.float32, 400, alphas))
+
+
+def check_sgd(rule: str, before: StepLists) -> None:
+    before = before.map(lambda tensor: tensor.to(DEVICE))
+    after = before.clone()
+    Call(SGD, after.weights, after.grads, [], before.alphas, before.holds_phi, rule=rule).run()
+    check_step(CASES[f"SGD, {rule}, no decay"], before, after)
 
 
 # ---- overflows

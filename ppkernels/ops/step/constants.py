@@ -62,6 +62,8 @@ OF_GOES, OF_PLAIN, OF_GRAD_FACTOR, OF_ALPHA = map(tl.constexpr, range(4))
 OF_KEEP, OF_KEEP_PHI, OF_LR, OF_EXPONENT, OF_RATE = map(tl.constexpr, range(4, 9))
 OF_DECAY_RATE, OF_DECAY_EXPONENT, OF_NEAR, OF_ROOT2, OF_TERMS = map(tl.constexpr, range(9, 14))
 TERM_COUNT = tl.constexpr(6)
+# α^6 / 6! is a float32.
+LARGEST_ALPHA = tl.constexpr(2.0**21)
 CONSTANTS = 13 + 6
 
 # ---- reading the two tables
@@ -117,11 +119,15 @@ def _put_series(constants, alpha, rows, lanes, TERMS: tl.constexpr):
     for i in tl.static_range(TERMS):
         coefficient = coefficient * (alpha - i) / (i + 1)
         _put(constants, OF_TERMS + i, coefficient, rows, lanes)
-    # The first term left away is below 2^-27 there. A finite series holds up to the change of sign.
+    # The first term left away is below 2^-27 there, and 1 + x is 1/4 or more, which leaves the sum
+    # most of its bits where a step brings θ close to 0.
     rest = tl.abs(coefficient * (alpha - TERMS) / (TERMS + 1))
     seventh = tl.full((), 1.0, tl.float64) / (TERMS + 1)
     near = scaled_power(2.0**-27 / rest, seventh, None, True)
-    _put(constants, OF_NEAR, tl.where(near < 1.0, near, 1.0), rows, lanes)
+    limit = tl.where(alpha < 2.0, 0.5, 1.0 / alpha)
+    near = tl.where(near < limit, near, limit)
+    # Terms beyond float32: no r is near.
+    _put(constants, OF_NEAR, tl.where(alpha <= LARGEST_ALPHA, near, -1.0), rows, lanes)
 
 
 @triton.jit

@@ -113,6 +113,23 @@ def _factor(weight, own, rows, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def _kept(weight, own, rows):
+    """What decoupled decay leaves of the weight.
+
+    A factor close to 1, rounded to float32, would be off by the same in every step; as the little
+    that it takes away it is exact enough.
+    """
+    DTYPE: tl.constexpr = weight.dtype
+    factor = constant(own, rows, OF_KEEP, tl.float64)
+    kept = weight
+    if DTYPE == tl.float64 or factor <= 0.5:
+        kept = weight * factor.to(DTYPE)
+    elif factor != 1.0:
+        kept = weight + weight * (factor - 1.0).to(DTYPE)
+    return kept
+
+
+@triton.jit
 def _far(weight, u, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
     """θ' by way of φ, whatever r is."""
     DTYPE: tl.constexpr = weight.dtype
@@ -125,11 +142,20 @@ def _far(weight, u, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
     # At φ = 0 momentum would move a weight that has no gradient: the slope there, 0, stops it.
     delta = tl.where(size == 0.0, 0.0 * u, delta)
     phi = with_sign(constant(own, rows, OF_KEEP_PHI, DTYPE) * phi, weight)
-    kept = constant(own, rows, OF_KEEP, DTYPE) * weight
+    kept = _kept(weight, own, rows)
     # Where δ is the larger, δ/φ could overflow, and φ + δ is as exact.
     is_near = tl.abs(delta) < tl.abs(phi)
-    base = tl.where(is_near, 1.0 + delta / phi, phi + delta)
-    theta = signed_power(base, alpha, PRECISE) * tl.where(is_near, kept, 1.0)
+    r = tl.where(is_near, delta / phi, 0.0)
+    near = 1.0 + r
+    # What 1 + r loses by being rounded, its power would lose α times; nothing below 1/2.
+    lost = r - (near - 1.0)
+    kept_more = kept + kept * tl.where(lost == 0.0, 0.0, alpha.to(DTYPE) * (lost / near))
+    base = tl.where(is_near, near, phi + delta)
+    # The power of up to 2 may overflow, which a small θ would bring back: in two parts.
+    has_parts = alpha > 126.0
+    part = scaled_power(base, tl.where(has_parts, 0.5 * alpha, alpha), None, PRECISE)
+    theta = with_sign(part, base) * tl.where(is_near, kept_more, 1.0)
+    theta = theta * tl.where(has_parts, part, 1.0)
     return tl.where(delta == 0.0, kept, theta)
 
 
@@ -141,7 +167,7 @@ def _multiplied(weight, u, factor, own, rows, CHAIN: tl.constexpr, PRECISE: tl.c
     r = scaled / factor if CHAIN else scaled * factor
     # θ = 0 is multiplied by anything finite; what is not finite must show.
     r = tl.where(weight == 0.0, 0.0 * u, tl.where(weight < 0.0, -r, r))
-    kept = constant(own, rows, OF_KEEP, DTYPE) * weight
+    kept = _kept(weight, own, rows)
     x = constant(own, rows, OF_TERMS + TERM_COUNT - 1, DTYPE) * r
     for i in tl.static_range(2, TERM_COUNT + 1):
         x = (x + constant(own, rows, OF_TERMS + TERM_COUNT - i, DTYPE)) * r
@@ -158,8 +184,7 @@ def _moved(weight, u, factor, own, rows, CHAIN: tl.constexpr, PRECISE: tl.conste
     """The weight after the direction ``u``."""
     DTYPE: tl.constexpr = weight.dtype
     if tl.load(own + OF_PLAIN * rows) != 0.0:
-        keep, lr = constant(own, rows, OF_KEEP, DTYPE), constant(own, rows, OF_LR, DTYPE)
-        moved = keep * weight - lr * u
+        moved = _kept(weight, own, rows) - constant(own, rows, OF_LR, DTYPE) * u
     elif DTYPE == tl.float64:
         moved = _far(weight, u, own, rows, CHAIN, PRECISE)
     else:
@@ -338,7 +363,9 @@ def _step_block(
     if MASKS:
         free = _free(row, all_rows, start, left, BLOCK)
         shown = tl.where(free, shown, stored)
-        moved = tl.where(free, moved, weight)
+        if MASTERS:
+            # Its own bits too, also where the weight was overwritten.
+            moved = tl.where(free, moved, master)
     _store(weights, shown, tile, left, BLOCK)
     if MASTERS:
         _store(masters, moved, tile, left, BLOCK)
