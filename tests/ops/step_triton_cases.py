@@ -364,7 +364,7 @@ def test_more_weights_than_are_looked_through_at_once():
 
 
 @pytest.mark.parametrize("decay_of", ["theta", "phi"])
-@pytest.mark.parametrize("lr, drift", [(1e-5, 2.0**-28), (1e-3, 2.0**-28), (0.9, 2.0**-24)])
+@pytest.mark.parametrize(("lr", "drift"), [(1e-5, 2.0**-28), (1e-3, 2.0**-28), (0.9, 2.0**-24)])
 def test_decoupled_decay_does_not_drift(lr, drift, decay_of):
     """Roundings average out; what does not would add up over the steps of a training."""
     random = torch.Generator().manual_seed(5)
