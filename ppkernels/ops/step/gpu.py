@@ -17,8 +17,9 @@ The formulas are those of csrc/kernels/step.cpp, Note [A step on θ alone]: with
 
 While |r| ≤ near, Ψ(1 + r) = 1 + x by six terms of the binomial series. A block in which some |r| is
 larger, or no number, also takes the full way for those (`_far`): φ, then 1 + δ/(cφ) or cφ + δ,
-then its power. float64 takes the full way for all. What depends on α alone (exponents, factors,
-terms, near) is computed once a weight in float64, by `prepare_kernel`.
+then its power, corrected for what 1 + δ/(cφ) lost by being rounded. float64 takes the full way for
+all. What depends on α alone (exponents, factors, terms, near) is computed once a weight in float64,
+by `prepare_kernel`.
 """
 
 from __future__ import annotations
