@@ -241,7 +241,8 @@ def check(call: Call) -> None:
 
 @pytest.mark.parametrize("decay", DECAYS, ids="-".join)
 @pytest.mark.parametrize("rule", ["virtual", "chain"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# Nesterov's momentum and AMSGrad see the gradient that these see; with decay they are below.
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM])
 def test_single_precision(optimizer, rule, decay):
     check(call_of(optimizer, rule=rule, decay=decay, weight_decay=0.3))
 
@@ -462,9 +463,9 @@ def test_zero_is_dead_and_what_is_not_finite_shows(alpha, rule, dtype):
 def test_steps_of_every_size(alpha, rule, lr):
     """From far below the weight to far above it, over the whole range of weights."""
     random = torch.Generator().manual_seed(3)
-    weight = torch.exp2(torch.rand(1200, generator=random) * 250 - 148)
-    weight = weight * torch.randn(1200, generator=random).sign()
-    grad = torch.exp2(torch.rand(1200, generator=random) * 60 - 50) * weight.sign()
+    weight = torch.exp2(torch.rand(1000, generator=random) * 250 - 148)
+    weight = weight * torch.randn(1000, generator=random).sign()
+    grad = torch.exp2(torch.rand(1000, generator=random) * 60 - 50) * weight.sign()
     call = Call(SGD, [weight.to(DEVICE)], [grad.to(DEVICE)], [], [alpha], rule=rule, lr=lr)
     (exact,) = call.expected(0)
     before = weight.double().to(DEVICE)
@@ -553,14 +554,14 @@ def test_numbers_on_the_host(monkeypatch):
 
 LAYOUTS = {
     "scalar": lambda t: t[0],
-    "unaligned": lambda t: t[1:2050],
+    "unaligned": lambda t: t[1:1050],
     "transposed": lambda t: t[:2100].view(30, 70).t(),
     "channels_last": lambda t: (
         t[:2160].view(4, 6, 9, 10).contiguous(memory_format=torch.channels_last)
     ),
     "permuted": lambda t: t[:2160].view(4, 6, 9, 10).permute(2, 0, 3, 1),
     "columns": lambda t: t[:4000].view(40, 100)[:, 3:70],
-    "every_second": lambda t: t[::2],
+    "every_second": lambda t: t[:2100:2],
     "size_one_dims": lambda t: t[:2000].view(1, 40, 1, 50),
 }
 
