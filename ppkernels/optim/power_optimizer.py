@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ppkernels import _powered
-from ppkernels._checks import alpha_tensor, check_alpha
+from ppkernels._checks import alpha_tensor, check_alpha, check_word
 from ppkernels.optim.batch import Batch, batch_of, check_owners
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -62,11 +62,7 @@ class PowerOptimizer(Optimizer):
         for option in ("lr", "weight_decay"):
             self.check_number(option, options[option], at_least=0)
         for option, words in _WORDS.items():
-            if options[option] not in words:
-                raise ValueError(
-                    f"{name}: {option} must be {words[0]!r} or {words[1]!r}, "
-                    f"got {options[option]!r}"
-                )
+            check_word(name, option, options[option], *words)
         lr, decay = float(options["lr"]), float(options["weight_decay"])
         if options["decay"] == "decoupled" and lr * decay >= 1:
             raise ValueError(
