@@ -32,12 +32,13 @@ def cases(draw: st.DrawFn) -> StepCase:
     if draw(st.booleans()):
         own = {"beta1": draw(rates), "beta2": draw(rates), "eps": 10 ** draw(st.floats(-12, -3))}
         return StepCase("drawn", "adam_step_", draw(st.sampled_from([2, 3])), {**options, **own})
+    buffers = draw(st.sampled_from([0, 1]))
     own = {
-        "momentum": draw(rates),
+        "momentum": draw(rates) if buffers else 0.0,
         "dampening": draw(rates),
         "nesterov": draw(st.booleans()),
     }
-    return StepCase("drawn", "sgd_step_", draw(st.sampled_from([0, 1])), {**options, **own})
+    return StepCase("drawn", "sgd_step_", buffers, {**options, **own})
 
 
 @quick

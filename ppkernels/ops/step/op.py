@@ -69,8 +69,9 @@ def sgd_step_(
             the bit is 0, weight, master and state keep their bits.
         alphas: α ≥ 1 of each weight; 1 for plain ones.
         holds_phi: which weights hold φ; none by default.
-        lr, momentum, dampening, nesterov: as in torch.optim.SGD. Under torch.compile another number
-            compiles again, a rate in a tensor included.
+        lr, momentum, dampening, nesterov: as in torch.optim.SGD; but a buffer of zeros is averaged
+            like any other, where torch takes the first gradient whole. Under torch.compile another
+            number compiles again, a rate in a tensor included.
         weight_decay, decay, decay_of: λ ≥ 0, ``"coupled"`` or ``"decoupled"``, ``"theta"`` or
             ``"phi"``.
         rule: ``"virtual"`` or ``"chain"``, for the weights that hold θ.
