@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,38 +11,18 @@ import torch
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("step_triton_cases.py")
 
-
-def run_cases(**environment: str) -> None:
-    """Runs CASES with pytest in a new process; its report is the message of a failure."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, str(CASES)],
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]
-
-
-def test_in_the_interpreter():
-    run_cases(TRITON_INTERPRET="1")
+def test_in_the_interpreter(run_cases):
+    run_cases("step", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
-def test_on_the_gpu():
-    run_cases(TRITON_INTERPRET="0")
+def test_on_the_gpu(run_cases):
+    run_cases("step", TRITON_INTERPRET="0")
 
 
 # ---- compiled for GPUs that need not be there
-
-not_interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted, not compiled"
-)
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 
 # Variants of `step_kernel`: types of weights and states, and what differs from the plainest.
 PLAIN = dict.fromkeys(
@@ -73,27 +50,13 @@ VARIANTS = {
 BYTES = {"fp32": 4, "fp64": 8, "fp16": 2, "bf16": 2}
 
 
-def compiled(kernel: Any, constants: dict[str, Any], target: str) -> Any:
-    """``kernel`` as its launcher would have it compiled for the target."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    tensors = {"table": "*i64", "constants": "*fp64"}
-    place = kernel.arg_names.index
-    source = ASTSource(
-        fn=kernel,
-        signature={
-            name: "constexpr" if name in constants else tensors.get(name, "i32")
-            for name in kernel.arg_names
-        },
-        constexprs={(place(name),): value for name, value in constants.items()},
-        attrs={(place(tensor),): [["tt.divisibility", 16]] for tensor in tensors},
-    )
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]))
+# What all kernels take; their integers are 32 bits wide.
+TENSORS = {"table": "*i64", "constants": "*fp64"}
 
 
-def compiled_step(variant: str, target: str, aligned: bool = True) -> Any:
+def compiled_step(
+    compile_for: Callable[..., Any], variant: str, target: str, aligned: bool = True
+) -> Any:
     import triton.language as tl
 
     from ppkernels.ops.step import gpu, table
@@ -102,7 +65,7 @@ def compiled_step(variant: str, target: str, aligned: bool = True) -> Any:
     types = {"fp32": tl.float32, "fp64": tl.float64, "fp16": tl.float16, "bf16": tl.bfloat16}
     constants = PLAIN | options | {"WEIGHT": types[weight], "STATE": types[state]}
     constants |= {"ALIGNED": aligned, "LANES": 128, "BLOCK": table.block_of(DTYPES[weight])}
-    return compiled(gpu.step_kernel, constants, target)
+    return compile_for(gpu.step_kernel, TENSORS, constants, other="i32", target=target)
 
 
 DTYPES = {
@@ -111,25 +74,6 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-
-
-def assert_no_spills(code: Any, target: str, tmp_path: Path) -> None:
-    import triton
-
-    if target.startswith("gfx"):
-        for name in ("private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"):
-            assert re.search(rf"\.{name}:\s+0\b", code.asm["amdgcn"]), name
-        return
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(code.asm["cubin"])
-    usage = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert "STACK:0 " in usage, usage
-    assert "LOCAL:0 " in usage, usage
 
 
 def bytes_of_a_full_block(variant: str) -> tuple[int, int]:
@@ -142,25 +86,21 @@ def bytes_of_a_full_block(variant: str) -> tuple[int, int]:
     return elements * (written + BYTES[weight]), elements * written
 
 
-@not_interpreted
 @pytest.mark.parametrize("variant", ["momentum, masks", "adam, masters, masks", "adam, double"])
-def test_compiled_code_for_amd(variant, tmp_path, monkeypatch):
+def test_compiled_code_for_amd(variant, compile_for, assert_no_spills):
     """No spills; 256 threads with four elements: 128 bits of float32, 64 of half types."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = compiled_step(variant, "gfx942")
-    assert_no_spills(code, "gfx942", tmp_path)
+    code = compiled_step(compile_for, variant, "gfx942")
+    assert_no_spills(code)
     wide = "dwordx2" if BYTES[VARIANTS[variant][0]] == 2 else "dwordx4"
     assert f"buffer_load_{wide}" in code.asm["amdgcn"]
     assert f"buffer_store_{wide}" in code.asm["amdgcn"]
 
 
-@not_interpreted
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled_code(variant, tmp_path, monkeypatch):
+def test_compiled_code(variant, compile_for, assert_no_spills):
     """No spills, and full blocks in accesses of 128 bits."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = compiled_step(variant, "sm_90")
-    assert_no_spills(code, "sm_90", tmp_path)
+    code = compiled_step(compile_for, variant, "sm_90")
+    assert_no_spills(code)
     read, written = bytes_of_a_full_block(variant)
     wide = r"v4\.b32|v2\.b64"
     assert len(re.findall(rf"ld\.global\.(?:{wide})", code.asm["ptx"])) == read // 16
@@ -172,26 +112,21 @@ def test_compiled_code(variant, tmp_path, monkeypatch):
         assert re.search(rf"cvt\.rn\.{weight.replace('fp', 'f')}(x2)?\.f32", code.asm["ptx"])
 
 
-@not_interpreted
 @pytest.mark.parametrize("variant", ["momentum, masks", "adam, masters, masks"])
-def test_compiled_code_of_an_older_gpu(variant, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert_no_spills(compiled_step(variant, "sm_80"), "sm_80", tmp_path)
+def test_compiled_code_of_an_older_gpu(variant, compile_for, assert_no_spills):
+    assert_no_spills(compiled_step(compile_for, variant, "sm_80"))
 
 
-@not_interpreted
-def test_addresses_that_are_not_aligned_get_accesses_of_one_element(tmp_path, monkeypatch):
+def test_addresses_that_are_not_aligned_get_accesses_of_one_element(compile_for):
     """Which any address of a float32 allows."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = compiled_step("sgd", "sm_90", aligned=False)
+    code = compiled_step(compile_for, "sgd", "sm_90", aligned=False)
     assert not re.search(r"(ld|st)\.global\.v", code.asm["ptx"])
 
 
-@not_interpreted
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiled_preparation(target, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiled_preparation(target, compile_for, assert_no_spills):
     from ppkernels.ops.step import gpu
 
     constants = {"ADAM": True, "CHAIN": True, "DECAY_OF_PHI": False, "LANES": gpu.PREPARED}
-    assert_no_spills(compiled(gpu.prepare_kernel, constants, target), target, tmp_path)
+    code = compile_for(gpu.prepare_kernel, TENSORS, constants, other="i32", target=target)
+    assert_no_spills(code)
