@@ -22,12 +22,12 @@ BUILD_REQUIRES := "setuptools>=77" "cmake>=3.26" ninja "torch>=2.11" torchvision
 .PHONY: help demo test test-python test-isas test-cpp test-gpu bench bench-gpu measure-gpu lint \
     types clean
 help:
-	@echo "make demo    train on MNIST at alpha = 1, 1.5 and 2, prune, print the table, write plots"
-	@echo "make test    the whole test suite: Python, each instruction set, C++ with sanitizers"
-	@echo "make bench   measure the ops against this machine's own limits and their rivals"
+	@echo "make demo       train on MNIST at alpha = 1, 1.5 and 2, prune, print the table, write plots"
+	@echo "make test       the whole test suite: Python, each instruction set, C++ with sanitizers"
+	@echo "make bench      measure the ops against this machine's own limits and their rivals"
 	@echo "make bench-gpu  the same on a GPU, after its test suite; one sentence where there is none"
-	@echo "make lint    ruff, clang-format and mypy"
-	@echo "make clean   remove .venv and everything built"
+	@echo "make lint       ruff, clang-format and mypy"
+	@echo "make clean      remove .venv and everything built"
 
 demo: $(COMPILED)
 	$(PY) examples/mnist.py $(ARGS)

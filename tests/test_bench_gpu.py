@@ -1,4 +1,6 @@
-"""The benchmark of GPUs, as far as it goes without one: a simulated clock, tensors without data."""
+"""The benchmark of GPUs, as far as it goes without one: a simulated clock, tensors without data.
+Longer than 350 lines: a run is tested in one piece, from the command line to the file.
+"""
 
 from __future__ import annotations
 
