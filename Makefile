@@ -2,7 +2,8 @@
 #
 #   PYTHON=python3.12   another interpreter for .venv (when it is made)
 #   CONSTRAINTS=        the newest of every dependency instead of the tested versions
-#   ARGS="--data DIR"   passed to the example by `make demo`; `make bench`, `bench-gpu`: instead of --save
+#   ARGS="--data DIR"   passed to the example by `make demo`; `make bench` and `make bench-gpu` take
+#                       them instead of --save
 
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
