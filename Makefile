@@ -2,7 +2,8 @@
 #
 #   PYTHON=python3.12   another interpreter for .venv (when it is made)
 #   CONSTRAINTS=        the newest of every dependency instead of the tested versions
-#   ARGS="--data DIR"   passed to the example by `make demo`; `make bench` takes them instead of --save
+#   ARGS="--data DIR"   passed to the example by `make demo`; `make bench` and `make bench-gpu` take
+#                       them instead of --save
 
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
@@ -19,13 +20,15 @@ CPP_FILES := $(KERNEL_SOURCES) $(shell find tests/cpp -name '*.cpp' -o -name '*.
 # What `build-system.requires` names, and torchvision so that pip picks a pair that fits.
 BUILD_REQUIRES := "setuptools>=77" "cmake>=3.26" ninja "torch>=2.11" torchvision
 
-.PHONY: help demo test test-python test-isas test-cpp bench lint types clean
+.PHONY: help demo test test-python test-isas test-cpp test-gpu bench bench-gpu measure-gpu lint \
+    types clean
 help:
-	@echo "make demo    train on MNIST at alpha = 1, 1.5 and 2, prune, print the table, write plots"
-	@echo "make test    the whole test suite: Python, each instruction set, C++ with sanitizers"
-	@echo "make bench   measure the ops against this machine's own limits and their rivals"
-	@echo "make lint    ruff, clang-format and mypy"
-	@echo "make clean   remove .venv and everything built"
+	@echo "make demo       train on MNIST at alpha = 1, 1.5 and 2, prune, print the table, write plots"
+	@echo "make test       the whole test suite: Python, each instruction set, C++ with sanitizers"
+	@echo "make bench      measure the ops against this machine's own limits and their rivals"
+	@echo "make bench-gpu  the same on a GPU, after its test suite; one sentence where there is none"
+	@echo "make lint       ruff, clang-format and mypy"
+	@echo "make clean      remove .venv and everything built"
 
 demo: $(COMPILED)
 	$(PY) examples/mnist.py $(ARGS)
@@ -64,6 +67,26 @@ test-cpp: $(COMPILED)
 	    $(VENV)/bin/cmake --build $(CTEST_BUILD) && \
 	    $(VENV)/bin/ctest --test-dir $(CTEST_BUILD) --output-on-failure; \
 	fi
+
+# Without a GPU one sentence, and nothing else.
+bench-gpu: $(INSTALLED)
+	@sentence="$$($(PY) -m bench.gpu)" || exit 1; \
+	if [ -n "$$sentence" ]; then \
+	    echo "$$sentence"; \
+	else \
+	    $(MAKE) --no-print-directory measure-gpu; \
+	fi
+
+test-gpu: $(COMPILED)
+	$(PY) -m pytest -m gpu
+
+measure-gpu: test-gpu
+ifdef ARGS
+	$(PY) -m bench --device cuda $(ARGS)
+else
+	$(PY) -m bench --device cuda --save
+	$(PY) -m bench --device cuda --memory --save
+endif
 
 bench: $(COMPILED)
 ifdef ARGS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.registry import ROWS
+from bench.registry import rows_on
 from bench.results import build_calls, failing_ops
 from bench.row import Call, Row
 from bench.timing import thread_count
@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" not in metafunc.fixturenames:
         return
     suite = metafunc.module.__name__.rpartition("test_")[2]
-    pairs = [(row, name) for row in ROWS if row.suite == suite for name in row.contenders]
+    pairs = [(row, name) for row in rows_on("cpu") if row.suite == suite for name in row.contenders]
     ids = [f"{row.name}-{name}" for row, name in pairs]
     metafunc.parametrize(("row", "contender"), pairs, ids=ids, scope="module", indirect=["row"])
 

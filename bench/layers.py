@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import models
+from bench.contenders import seeded
 from bench.row import Bar, Build, Call, Row
 
 BATCH = 64
@@ -23,10 +24,9 @@ class LayerInputs:
     plain: nn.Linear
 
 
-def layer_inputs(size: int) -> LayerInputs:
+def layer_inputs(size: int, device: torch.device) -> LayerInputs:
     """One layer of ``size`` inputs and outputs."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(device):
         return LayerInputs(
             torch.randn(BATCH, size), torch.randn(BATCH, size), nn.Linear(size, size)
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import ppkernels as pp
-from bench.registry import IN_CACHE, IN_MEMORY
+from bench.contenders import IN_CACHE, IN_MEMORY
 from bench.timing import core_ids, measure, thread_count
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,11 +49,15 @@ def facts(threads: int) -> dict[str, object]:
     }
 
 
+def slug_of(name: str) -> str:
+    """A name of a processor or GPU as part of a file's."""
+    words = re.sub(r"\((r|tm)\)", "", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
 def slug() -> str:
     """The name of this machine's results file: processor and number of cores."""
-    words = re.sub(r"\((r|tm)\)", "", cpu_model().lower())
-    words = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
-    return f"{words}-{len(core_ids())}-cores"
+    return f"{slug_of(cpu_model())}-{len(core_ids())}-cores"
 
 
 def results_path() -> Path:

@@ -2,9 +2,11 @@
 
 What is counted is every tensor that torch's CPU allocator gives out and takes back, as its profiler
 records it: the same numbers at every run, where the resident size of a process would depend on what
-the system does with freed pages. Memory that libraries allocate for themselves is not seen.
+the system does with freed pages. Memory that libraries allocate for themselves is not seen. A GPU's
+allocator keeps such counts by itself, workspaces of matrix products among them.
 
-``python -m bench.memory ROW CONTENDER [--threads N] [--quick]`` prints one contender's counts.
+``python -m bench.memory ROW CONTENDER [--device cuda] [--threads N] [--quick]`` prints one
+contender's counts.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.registry import ROWS
-from bench.row import OURS, Build, Row
+from bench.registry import rows_on
+from bench.row import CPU, GPU, OURS, Build, Row
 from bench.timing import thread_count
 
 STEPS = 3
@@ -52,13 +54,13 @@ class MemoryResult:
     Attributes:
         extra_bytes: by how much our peak may lie above ``rival``'s.
         measured_bytes: by how much it does.
-        reached: None where the run cannot judge it.
+        reached: None where the run cannot judge it, which it can on a CPU alone.
     """
 
     name: str
     size: int
     unit: str
-    threads: int
+    threads: int | None
     contenders: dict[str, Peak]
     rival: str
     extra_bytes: int
@@ -86,6 +88,19 @@ def count(build: Build, make_inputs: Callable[[], Any]) -> Peak:
         return read_trace(json.loads(path.read_text())["traceEvents"])
 
 
+def count_on_gpu(build: Build, make_inputs: Callable[[], Any]) -> Peak:
+    """The same on the current GPU, in blocks as its allocator gives them out."""
+    call = build(make_inputs())
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    at_rest = torch.cuda.memory_allocated()
+    for _ in range(STEPS):
+        call()
+    torch.cuda.synchronize()
+    return Peak(at_rest, torch.cuda.max_memory_allocated())
+
+
 def read_trace(events: Iterable[Mapping[str, Any]]) -> Peak:
     """Sums up what was allocated (bytes > 0) and freed (< 0) in the order of time."""
     live = at_rest = peak = 0
@@ -101,7 +116,9 @@ def read_trace(events: Iterable[Mapping[str, Any]]) -> Peak:
     return Peak(at_rest, peak)
 
 
-def measure(row: Row, threads: int, is_quick: bool = False) -> MemoryResult:
+def measure(
+    row: Row, threads: int | None, is_quick: bool = False, device: str = "cpu"
+) -> MemoryResult:
     """Count every contender of a row that has a bar for memory, one process after the other.
 
     Raises:
@@ -109,7 +126,10 @@ def measure(row: Row, threads: int, is_quick: bool = False) -> MemoryResult:
     """
     assert row.memory is not None
     size = row.quick_size if is_quick else row.size
-    contenders = {name: _count_apart(row, name, threads, is_quick) for name in row.contenders}
+    options = [f"--device={device}"]
+    options += [f"--threads={threads}"] if threads else []
+    options += ["--quick"] if is_quick else []
+    contenders = {name: _count_apart(row, name, options) for name in row.contenders}
     extra_bytes = row.memory.extra_bytes(size)
     above = contenders[OURS].peak - contenders[row.memory.rival].peak
     return MemoryResult(
@@ -121,16 +141,15 @@ def measure(row: Row, threads: int, is_quick: bool = False) -> MemoryResult:
         rival=row.memory.rival,
         extra_bytes=extra_bytes,
         measured_bytes=above,
-        reached=None if is_quick else above <= extra_bytes,
+        reached=None if is_quick or device != "cpu" else above <= extra_bytes,
         date=date.today().isoformat(),
         torch=torch.__version__,
     )
 
 
-def _count_apart(row: Row, contender: str, threads: int, is_quick: bool) -> Peak:
-    command = [sys.executable, "-m", "bench.memory", row.name, contender, f"--threads={threads}"]
+def _count_apart(row: Row, contender: str, options: list[str]) -> Peak:
     ran = subprocess.run(
-        [*command, *(["--quick"] if is_quick else [])],
+        [sys.executable, "-m", "bench.memory", row.name, contender, *options],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -145,13 +164,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory")
     parser.add_argument("row")
     parser.add_argument("contender")
+    parser.add_argument("--device", choices=CPU + GPU, default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    row = {row.name: row for row in ROWS}[options.row]
+    row = {row.name: row for row in rows_on(options.device)}[options.row]
     size = row.quick_size if options.quick else row.size
+    device = torch.device(options.device)
+    counting = count if options.device == "cpu" else count_on_gpu
     with thread_count(options.threads):
-        peak = count(row.contenders[options.contender], lambda: row.inputs(size))
+        peak = counting(row.contenders[options.contender], lambda: row.inputs(size, device))
     print(json.dumps(asdict(peak)))
 
 

@@ -1,27 +1,27 @@
 """The rows: what is measured, against what. Adding an op is adding a row to `ROWS`.
 
-The elementwise ops are here, single layers in layers.py, whole training steps in training.py, and
-the optimizers' steps alone in update.py. φ is ``weight``, θ ``theta``, α ``alpha``; N is the number
-of elements.
+The elementwise ops are here, those on masks in masks.py, single layers in layers.py, whole training
+steps in training.py, and the optimizers' steps alone in update.py. φ is ``weight``, θ ``theta``, α
+``alpha``; N is the number of elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import ppkernels as pp
+from bench.contenders import IN_CACHE, IN_MEMORY, QUICK, bound, compiled, seeded
 from bench.layers import layer_rows
-from bench.row import Bar, Build, Call, Row
+from bench.masks import mask_rows
+from bench.row import CPU, GPU, Bar, Build, Row, dtype_name
 from bench.training import training_rows
 from bench.update import update_rows
 
-IN_MEMORY = 64 * 2**20
-IN_CACHE = 64 * 2**10
-QUICK = 2**20
+HALF = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -39,36 +39,25 @@ def tensors(
     grads: int = 0,
     has_out: bool = True,
     is_positive: bool = False,
-) -> Callable[[int], Tensors]:
+) -> Callable[[int, torch.device], Tensors]:
     """Weights of a usual scale, ``grads`` gradients, and an output; what is not asked is empty."""
 
-    def make(size: int) -> Tensors:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(size, generator=generator).mul_(0.1).to(dtype)
-        # The eager second derivative is NaN at 0, so that it would agree with nothing.
-        weight.masked_fill_(weight == 0, 0.1)
-        gradients = [torch.randn(size, generator=generator).to(dtype) for _ in range(grads)]
-        grad, grad_grad = gradients + [torch.empty(0, dtype=dtype)] * (2 - grads)
-        # Written once here, so that no contender pays for the first touch of its pages.
-        out = torch.empty(size if has_out else 0, dtype=dtype).zero_()
+    def make(size: int, device: torch.device) -> Tensors:
+        with seeded(device):
+            weight = torch.randn(size).mul_(0.1).to(dtype)
+            # The eager second derivative is NaN at 0, so that it would agree with nothing.
+            weight.masked_fill_(weight == 0, 0.1)
+            gradients = [torch.randn(size).to(dtype) for _ in range(grads)]
+            grad, grad_grad = gradients + [torch.empty(0, dtype=dtype)] * (2 - grads)
+            # Written once here, so that no contender pays for the first touch of its pages.
+            out = torch.empty(size if has_out else 0, dtype=dtype).zero_()
         return Tensors(weight.abs_() if is_positive else weight, grad, grad_grad, out)
 
     return make
 
 
-def compiled(formula: Callable[..., Tensor], *names: str) -> Build:
-    """torch.compile of ``formula`` over the named inputs, with fixed shapes (its best case)."""
-
-    def build(x: Tensors) -> Call:
-        function = torch.compile(formula, dynamic=False)
-        inputs = [getattr(x, name) for name in names]
-        return lambda: function(*inputs)
-
-    return build
-
-
 def power_rows() -> list[Row]:
-    """θ = φ·|φ|^(α−1) into an existing tensor: in memory, in cache, and in bfloat16."""
+    """θ = φ·|φ|^(α−1) into an existing tensor: in memory, in cache or small, and in bfloat16."""
     rows = []
     for alpha in (1.25, 1.5, 2.0, 1.0):
         bars = (
@@ -81,12 +70,32 @@ def power_rows() -> list[Row]:
     in_cache = Bar("faster", 4, "torch.pow")
     rows.append(_power_row("cache", 1.25, bars=(in_cache,)))
     rows.append(_power_row("cache", 1.5))
-    rows.append(_power_row("memory", 1.25, dtype=torch.bfloat16))
+    rows.append(_power_row("memory", 1.25, HALF))
+    rows.append(_power_row("memory", 1.5, HALF, devices=GPU))
+    rows.append(_power_row("small", 1.25))
+    rows.append(_power_row("small", 1.25, HALF))
     return rows
 
 
+DEVICES = {"memory": CPU + GPU, "cache": CPU, "small": GPU}
+"""Where the rows of each place are measured; of ``small`` ones a GPU's launch is the most."""
+
+
+def _name(op: str, place: str, dtype: torch.dtype, alpha: float) -> str:
+    return f"{op}/{place}/{dtype_name(dtype)}/alpha={alpha:g}"
+
+
+def _rtol(dtype: torch.dtype) -> float:
+    """The rivals round several times in bfloat16, whose steps are 2^-8 of the value."""
+    return 2e-2 if dtype == HALF else 2e-5
+
+
 def _power_row(
-    place: str, alpha: float, dtype: torch.dtype = torch.float32, bars: tuple[Bar, ...] = ()
+    place: str,
+    alpha: float,
+    dtype: torch.dtype = torch.float32,
+    bars: tuple[Bar, ...] = (),
+    devices: tuple[str, ...] | None = None,
 ) -> Row:
     def eager(weight: Tensor) -> Tensor:
         return weight * weight.abs().pow(alpha - 1)
@@ -94,33 +103,33 @@ def _power_row(
     def eager_into(weight: Tensor, out: Tensor) -> Tensor:
         return out.copy_(weight * weight.abs().pow(alpha - 1))
 
-    in_cache = place == "cache"
+    is_alone, is_small = place == "cache", place != "memory"
     rivals: dict[str, Build] = {
         "copy_": lambda x: lambda: x.out.copy_(x.weight),
         "eager": lambda x: lambda: eager(x.weight),
         "compiled": compiled(eager, "weight"),
         "compiled, into out": compiled(eager_into, "weight", "out"),
     }
-    if in_cache:
+    if is_alone:
         # |φ|^α only: no sign, and NaN for φ < 0. The row's inputs are positive, so all agree.
         rivals["torch.pow"] = lambda x: lambda: torch.pow(x.weight, alpha, out=x.out)
     return Row(
-        name=f"power/{place}/{str(dtype).removeprefix('torch.')}/alpha={alpha:g}",
+        name=_name("power", place, dtype, alpha),
         suite="power",
         ops=("power",),
-        inputs=tensors(dtype, is_positive=in_cache),
+        inputs=tensors(dtype, is_positive=is_alone),
         ours=lambda x: lambda: pp.power(x.weight, alpha, out=x.out),
         rivals=rivals,
-        size=IN_CACHE if in_cache else IN_MEMORY,
-        quick_size=IN_CACHE if in_cache else QUICK,
+        size=IN_CACHE if is_small else IN_MEMORY,
+        quick_size=IN_CACHE if is_small else QUICK,
         dtype=dtype,
         streams=("read weight", "write theta"),
         roof="copy_",
-        threads=1 if in_cache else None,
-        in_cache=in_cache,
+        threads=1 if is_alone else None,
+        in_cache=is_small,
         bars=bars,
-        # The rivals round twice in bfloat16, whose steps are 2^-8 of the value.
-        rtol=2e-2 if dtype == torch.bfloat16 else 2e-5,
+        rtol=_rtol(dtype),
+        devices=devices or DEVICES[place],
     )
 
 
@@ -130,21 +139,30 @@ def backward_rows() -> list[Row]:
         _backward_row(1.25, bars=(Bar("times", 1.15, "torch.add"),)),
         _backward_row(1.5),
         _backward_row(2.0),
+        _backward_row(1.25, HALF, devices=GPU),
+        _backward_row(1.25, place="small"),
     ]
 
 
-def _backward_row(alpha: float, bars: tuple[Bar, ...] = ()) -> Row:
+def _backward_row(
+    alpha: float,
+    dtype: torch.dtype = torch.float32,
+    place: str = "memory",
+    bars: tuple[Bar, ...] = (),
+    devices: tuple[str, ...] | None = None,
+) -> Row:
     def eager(grad: Tensor, weight: Tensor) -> Tensor:
         return grad * (alpha * weight.abs().pow(alpha - 1))
 
     def eager_into(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         return out.copy_(grad * (alpha * weight.abs().pow(alpha - 1)))
 
+    is_small = place != "memory"
     return Row(
-        name=f"power_backward/memory/float32/alpha={alpha:g}",
+        name=_name("power_backward", place, dtype, alpha),
         suite="power",
         ops=("power_backward",),
-        inputs=tensors(grads=1),
+        inputs=tensors(dtype, grads=1),
         ours=lambda x: lambda: pp.power_backward(x.grad, x.weight, alpha, out=x.out),
         rivals={
             "torch.add": lambda x: lambda: torch.add(x.grad, x.weight, out=x.out),
@@ -152,15 +170,19 @@ def _backward_row(alpha: float, bars: tuple[Bar, ...] = ()) -> Row:
             "compiled": compiled(eager, "grad", "weight"),
             "compiled, into out": compiled(eager_into, "grad", "weight", "out"),
         },
-        size=IN_MEMORY,
-        quick_size=QUICK,
+        size=IN_CACHE if is_small else IN_MEMORY,
+        quick_size=IN_CACHE if is_small else QUICK,
+        dtype=dtype,
         streams=("read grad_theta", "read weight", "write grad_weight"),
         roof="torch.add",
+        in_cache=is_small,
         bars=bars,
+        rtol=_rtol(dtype),
+        devices=devices or DEVICES[place],
     )
 
 
-def allocating_rows() -> list[Row]:
+def allocating_rows(dtype: torch.dtype, devices: tuple[str, ...] = CPU + GPU) -> list[Row]:
     """Ops that return a new tensor; the roof allocates one as well, and pays its page faults."""
     alpha, other = 1.25, 2.0
 
@@ -182,10 +204,15 @@ def allocating_rows() -> list[Row]:
 
     one, two = ("weight",), ("grad", "weight")
     three = ("grad_grad", *two)
-    return [
-        _allocating_row("power", one, forward, lambda w: pp.power(w, alpha), torch.clone),
+    rows = [
+        _allocating_row("power", one, forward, lambda w: pp.power(w, alpha), torch.clone, dtype),
         _allocating_row(
-            "power_backward", two, backward, lambda g, w: pp.power_backward(g, w, alpha), torch.add
+            "power_backward",
+            two,
+            backward,
+            lambda g, w: pp.power_backward(g, w, alpha),
+            torch.add,
+            dtype,
         ),
         _allocating_row(
             "power_double_backward",
@@ -193,12 +220,16 @@ def allocating_rows() -> list[Row]:
             double_backward,
             lambda h, g, w: pp.power_double_backward(h, g, w, alpha),
             torch.addcmul,
+            dtype,
         ),
         _allocating_row(
-            "inverse_power", one, inverse, lambda t: pp.inverse_power(t, alpha), torch.clone
+            "inverse_power", one, inverse, lambda t: pp.inverse_power(t, alpha), torch.clone, dtype
         ),
-        _allocating_row("rebase", one, rebased, lambda w: pp.rebase(w, alpha, other), torch.clone),
+        _allocating_row(
+            "rebase", one, rebased, lambda w: pp.rebase(w, alpha, other), torch.clone, dtype
+        ),
     ]
+    return [replace(row, devices=devices) for row in rows]
 
 
 def _allocating_row(
@@ -207,40 +238,43 @@ def _allocating_row(
     formula: Callable[..., Tensor],
     function: Callable[..., Tensor],
     roof: Callable[..., Tensor],
+    dtype: torch.dtype,
 ) -> Row:
     roof_name = f"torch.{roof.__name__}"
-
-    def bind(call: Callable[..., Tensor]) -> Build:
-        def build(x: Tensors) -> Call:
-            inputs = [getattr(x, name) for name in names]
-            return lambda: call(*inputs)
-
-        return build
-
     return Row(
-        name=f"{op}/allocating/float32/alpha=1.25",
+        name=_name(op, "allocating", dtype, 1.25),
         suite="power",
         ops=(op,),
-        inputs=tensors(grads=len(names) - 1, has_out=False),
-        ours=bind(function),
+        inputs=tensors(dtype, grads=len(names) - 1, has_out=False),
+        ours=bound(function, *names),
         rivals={
-            roof_name: bind(roof),
-            "eager": bind(formula),
+            roof_name: bound(roof, *names),
+            "eager": bound(formula, *names),
             "compiled": compiled(formula, *names),
         },
         size=IN_MEMORY,
         quick_size=QUICK,
+        dtype=dtype,
         streams=(*(f"read {name}" for name in names), "write the result"),
         roof=roof_name,
+        rtol=_rtol(dtype),
     )
 
 
 ROWS: tuple[Row, ...] = (
     *power_rows(),
     *backward_rows(),
-    *allocating_rows(),
+    *allocating_rows(torch.float32),
+    *allocating_rows(HALF, GPU),
+    *mask_rows(),
     *layer_rows(),
     *training_rows(),
     *update_rows(),
 )
 """Every row, in the order in which they are measured and printed."""
+
+
+def rows_on(device: str) -> tuple[Row, ...]:
+    """The rows of a kind of device, as they are measured there."""
+    rows = [row for row in ROWS if device in row.devices]
+    return tuple(rows if device == "cpu" else map(Row.on_gpu, rows))

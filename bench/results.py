@@ -13,8 +13,8 @@ from torch import Tensor
 
 import ppkernels as pp
 from bench.memory import MemoryResult
-from bench.row import OURS, Call, Row
-from bench.timing import Load, Measurement, measure, thread_count
+from bench.row import OURS, Call, Row, dtype_name
+from bench.timing import CPU_TIMER, Load, Measurement, Timer, measure, thread_count
 from ppkernels.testing import check_values
 
 BAR_THREADS = 2
@@ -47,6 +47,18 @@ class ContenderResult:
 
 
 @dataclass(frozen=True)
+class GpuContenderResult(ContenderResult):
+    """With both sides of a call: what the host takes to issue it, and the GPU's own work.
+
+    `ContenderResult`'s times are those of calls as they come, where the slower side decides.
+    ``device_s`` is None for a call that waits for the GPU.
+    """
+
+    host_s: float
+    device_s: float | None
+
+
+@dataclass(frozen=True)
 class BarResult:
     """A bar and what came; ``reached`` is None where the run cannot judge it."""
 
@@ -59,13 +71,16 @@ class BarResult:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What one interleaved run of a row gave."""
+    """What one interleaved run of a row gave; on a GPU, ``threads`` is None.
+
+    ``instruction_set`` is that of our kernels: a GPU's is its architecture.
+    """
 
     name: str
     size: int
     unit: str
     dtype: str
-    threads: int
+    threads: int | None
     in_cache: bool
     streams: tuple[str, ...]
     bytes_moved: int | None
@@ -81,23 +96,25 @@ class RowResult:
     instruction_set: str
 
 
-def failing_ops(names: Iterable[str]) -> dict[str, str]:
+def failing_ops(names: Iterable[str], device: str = "cpu") -> dict[str, str]:
     """The ops among ``names`` whose values are wrong, with the first line of what was found."""
     failures = {}
     for name in dict.fromkeys(names):
         try:
-            check_values(name, device="cpu")
-        except AssertionError as error:
-            failures[name] = str(error).strip().partition("\n")[0] or "its check failed"
+            check_values(name, device=device)
+        except Exception as error:  # what a kernel raises is no right value either
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            sentence = str(error).strip().partition("\n")[0] or "its check failed"
+            failures[name] = kind + sentence
     return failures
 
 
-def build_calls(row: Row, size: int) -> dict[str, Call]:
+def build_calls(row: Row, size: int, device: torch.device | None = None) -> dict[str, Call]:
     """Every contender of ``row`` on one set of inputs; the thread count must be set already."""
     # Compiled rivals of many rows share code objects; past a limit of recompilations, or with a
     # second alpha, dynamo would quietly fall back to slower code.
     torch.compiler.reset()
-    inputs = row.inputs(size)
+    inputs = row.inputs(size, device or CPU_TIMER.device)
     return {name: build(inputs) for name, build in row.contenders.items()}
 
 
@@ -129,24 +146,40 @@ def _check_close(row: Row, name: str, actual: Tensor, expected: Tensor) -> None:
             )
 
 
-def measure_row(row: Row, threads: int, budget: float, is_quick: bool = False) -> RowResult:
+def measure_row(
+    row: Row,
+    threads: int | None,
+    budget: float,
+    is_quick: bool = False,
+    *,
+    timer: Timer = CPU_TIMER,
+    instruction_set: str | None = None,
+) -> RowResult:
     """Build, compare, and time the contenders of ``row`` in turns, for about ``budget`` seconds.
+
+    Args:
+        row: on a GPU, one of `registry.rows_on`.
+        threads: torch's, on a CPU; None leaves them as they are.
+        budget: in seconds.
+        is_quick: the row's quick size.
+        timer: of the device to measure on.
+        instruction_set: of our kernels there, if it is not the CPU.
 
     Raises:
         WrongValues: the contenders disagree; nothing was timed.
     """
     size = row.quick_size if is_quick else row.size
     count = row.threads or threads
-    with thread_count(count), torch.enable_grad():
-        calls = build_calls(row, size)
+    with thread_count(count or torch.get_num_threads()), torch.enable_grad():
+        calls = build_calls(row, size, timer.device)
         check_agreement(row, calls)
-        measured = measure(calls, budget, in_cache=row.in_cache)
+        measured = measure(calls, budget, in_cache=row.in_cache, timer=timer)
     is_judged = not is_quick and (row.threads is not None or count == BAR_THREADS)
     return RowResult(
         name=row.name,
         size=size,
         unit=row.unit,
-        dtype=str(row.dtype).removeprefix("torch."),
+        dtype=dtype_name(row.dtype),
         threads=count,
         in_cache=row.in_cache,
         streams=row.streams,
@@ -157,10 +190,10 @@ def measure_row(row: Row, threads: int, budget: float, is_quick: bool = False) -
         contenders={name: _contender(row, size, measured, name) for name in calls},
         bars=_bars(row, measured, is_judged),
         load=measured.load,
-        busy=measured.load.is_busy,
+        busy=measured.load.exceeds(timer.busy_share),
         date=date.today().isoformat(),
         torch=torch.__version__,
-        instruction_set=pp.cpu_capability(),
+        instruction_set=instruction_set or pp.cpu_capability(),
     )
 
 
@@ -168,7 +201,7 @@ def _contender(row: Row, size: int, measured: Measurement, name: str) -> Contend
     seconds = measured.median(name)
     moved = row.bytes_moved(size)
     first, third = measured.quartiles(name)
-    return ContenderResult(
+    result = ContenderResult(
         median_s=seconds,
         quartile1_s=first,
         quartile3_s=third,
@@ -177,6 +210,10 @@ def _contender(row: Row, size: int, measured: Measurement, name: str) -> Contend
         gflop_per_s=row.flops(size) / seconds / 1e9 if row.flops else None,
         share_of_roof=measured.ratio(row.roof, name) if row.roof else None,
     )
+    host = measured.host(name)
+    if host is None:
+        return result
+    return GpuContenderResult(**vars(result), host_s=host, device_s=measured.on_device(name))
 
 
 def _bars(row: Row, measured: Measurement, is_judged: bool) -> tuple[BarResult, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -11,10 +11,18 @@ import torch
 
 OURS = "ppkernels"
 
+CPU, GPU = ("cpu",), ("cuda",)
+"""Kinds of devices, as torch names them: ROCm's GPUs are "cuda" too."""
+
 Call = Callable[[], torch.Tensor]
 """One timed call. Its result is compared with the other contenders', never timed."""
 Build = Callable[[Any], Call]
 """Takes the row's inputs and gives the call; what it does itself (models, buffers) is not timed."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, as rows and results have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Row:
         name: unique; ``python -m bench`` selects rows by parts of it.
         suite: the pytest-benchmark file that times it: test_<suite>.py.
         ops: the ops it runs on; nothing is timed where one of them fails its value check.
-        inputs: makes the inputs from a size, the same at every call.
+        inputs: makes the inputs from a size on a device, the same at every call.
         ours: builds our call from the inputs.
         rivals: the other contenders by name, built from the same inputs. All must return the
             values that ours returns, within ``rtol`` and ``atol``, but for the roof and for those
@@ -84,19 +92,23 @@ class Row:
         unit: what N counts.
         dtype: of the inputs.
         streams: what one call must at least read and write, N elements each; the bytes follow.
+        bytes_an_element: of all streams together, where not each of them is of ``dtype``.
         flops: floating-point operations of one call from N, where they set the speed.
         roof: the rival that only moves the same bytes: what the memory allows.
         threads: a fixed count for this row; None takes the run's.
         in_cache: the inputs stay in the processor's cache: each sample starts with an untimed call.
-        bars: what the row promises.
+        bars: what the row promises on a CPU.
         memory: what it promises of peak memory; without, ``--memory`` passes over the row.
         rtol, atol: how close the contenders' values must be, element by element.
+        devices: the kinds of devices it is measured on.
+        gpu_size: N on a GPU, where it is another.
+        gpu_rivals: rivals that take part on a GPU alone.
     """
 
     name: str
     suite: str
     ops: tuple[str, ...]
-    inputs: Callable[[int], Any]
+    inputs: Callable[[int, torch.device], Any]
     ours: Build
     rivals: Mapping[str, Build]
     size: int
@@ -105,6 +117,7 @@ class Row:
     other_work: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     streams: tuple[str, ...] = ()
+    bytes_an_element: float | None = None
     flops: Callable[[int], int] | None = None
     roof: str | None = None
     threads: int | None = None
@@ -113,6 +126,9 @@ class Row:
     memory: MemoryBar | None = None
     rtol: float = 2e-5
     atol: float = 0.0
+    devices: tuple[str, ...] = CPU + GPU
+    gpu_size: int | None = None
+    gpu_rivals: Mapping[str, Build] = field(default_factory=dict)
 
     @property
     def contenders(self) -> dict[str, Build]:
@@ -120,5 +136,13 @@ class Row:
         return {OURS: self.ours, **self.rivals}
 
     def bytes_moved(self, size: int) -> int | None:
-        """Streams x N x bytes of an element; None where no streams are given."""
-        return len(self.streams) * size * self.dtype.itemsize if self.streams else None
+        """N x bytes of an element over all streams; None where no streams are given."""
+        if not self.streams:
+            return None
+        each = self.bytes_an_element or len(self.streams) * self.dtype.itemsize
+        return round(size * each)
+
+    def on_gpu(self) -> Row:
+        """The row as it is measured on a GPU, where threads mean nothing and no bar is stated."""
+        rivals = {**self.rivals, **self.gpu_rivals}
+        return replace(self, size=self.gpu_size or self.size, rivals=rivals, threads=None, bars=())

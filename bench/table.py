@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from bench.memory import MemoryResult
-from bench.results import BarResult, ContenderResult, RowResult
+from bench.results import BarResult, ContenderResult, GpuContenderResult, RowResult
 from bench.row import OURS
 
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
@@ -50,15 +51,38 @@ def print_machine(
     console.print(table)
 
 
+def print_gpu(
+    console: Console, facts: Mapping[str, object], roof: Sequence[Mapping[str, object]]
+) -> None:
+    """The same for a GPU, with what a call takes on the device alone."""
+    console.print(
+        f"{facts['gpu']} ({facts['architecture']}), {facts['multiprocessors']} multiprocessors, "
+        f"{facts['memory_gib']} GiB ({facts['memory_free_gib']} free), L2 {facts['l2_mib']} MiB; "
+        f"driver {facts['driver'] or 'unknown'}, {facts['runtime']}; torch {facts['torch']}, "
+        f"Triton {facts['triton']}, Python {facts['python']}; float32 products in precision "
+        f"{facts['float32_matmul_precision']!r}; on {facts['cpu']}, {facts['cores']} cores",
+        highlight=False,
+    )
+    table = Table("float32 values", "call", "time", "device", "GB/s read + write", title="Roof")
+    for entry in roof:
+        table.add_row(
+            count(int(str(entry["elements"]))),
+            str(entry["call"]),
+            duration(float(str(entry["seconds"]))),
+            _known(entry["device_s"]),
+            f"{entry['gb_per_s']:.1f}{' (busy)' if entry['busy'] else ''}",
+        )
+    console.print(table)
+
+
 def print_row(console: Console, row: RowResult) -> None:
     """One row: its contenders, its bars, and a warning where other work disturbed it."""
     streams = ", ".join(row.streams)
     work = f", {row.bytes_moved / 2**20:g} MiB moved ({streams})" if row.bytes_moved else ""
     size = count(row.size) if row.unit == "elements" else row.size
     console.print(
-        f"\n[bold]{escape(row.name)}[/bold]  {size} {row.unit}, {row.threads} "
-        f"thread{'s' if row.threads > 1 else ''}{', in cache' if row.in_cache else ''}{work}, "
-        f"{row.rounds} rounds",
+        f"\n[bold]{escape(row.name)}[/bold]  {size} {row.unit}{_threads(row.threads)}"
+        f"{', in cache' if row.in_cache else ''}{work}, {row.rounds} rounds",
         highlight=False,
     )
     columns: dict[str, Callable[[ContenderResult], str]] = {
@@ -68,6 +92,7 @@ def print_row(console: Console, row: RowResult) -> None:
         "GFLOP/s": lambda result: f"{result.gflop_per_s:.1f}",
         "of roof": lambda result: f"{result.share_of_roof:.0%}",
         "time / ours": lambda result: f"{result.time_over_ours:.2f}",
+        **(_GPU_COLUMNS if isinstance(row.contenders[OURS], GpuContenderResult) else {}),
     }
     absent = {"GB/s": not row.streams, "GFLOP/s": not row.flops, "of roof": not row.roof}
     columns = {title: text for title, text in columns.items() if not absent.get(title, False)}
@@ -88,8 +113,7 @@ def print_row(console: Console, row: RowResult) -> None:
 def print_memory(console: Console, row: MemoryResult) -> None:
     """One row's peaks, and its bar."""
     console.print(
-        f"\n[bold]{escape(row.name)}[/bold]  {row.size} {row.unit}, {row.threads} "
-        f"thread{'s' if row.threads > 1 else ''}, MiB",
+        f"\n[bold]{escape(row.name)}[/bold]  {row.size} {row.unit}{_threads(row.threads)}, MiB",
         highlight=False,
     )
     table = Table("contender")
@@ -115,6 +139,20 @@ def print_bars(console: Console, rows: Sequence[RowResult]) -> None:
     if table.row_count:
         console.print()
         console.print(table)
+
+
+def _threads(count: int | None) -> str:
+    return f", {count} thread{'s' if count > 1 else ''}" if count else ""
+
+
+def _known(seconds: Any) -> str:
+    return "-" if seconds is None else duration(seconds)
+
+
+_GPU_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "host": lambda result: duration(result.host_s),
+    "device": lambda result: _known(result.device_s),
+}
 
 
 def _verdict(bar: BarResult, is_busy: bool) -> str:

@@ -3,11 +3,14 @@
 Contenders take turns within one run, in another order each round, so that a machine that grows
 slower or faster does so for all of them. Numbers are medians over rounds; a ratio is the median of
 the rounds' own ratios, never the ratio of two medians.
+
+How one sample is taken is a `Timer`'s matter: `CpuTimer` here, `GpuTimer` in gpu.py.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import random
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, quantiles
+from typing import Protocol
 
 import torch
 
@@ -54,12 +58,16 @@ class Load:
     stolen: float | None
     waited: float
 
+    def exceeds(self, share: float) -> bool:
+        """Whether others and hypervisor took more than ``share``; unknown, the loop decides."""
+        if self.others is None or self.stolen is None:
+            return self.waited > share
+        return self.others + self.stolen > share
+
     @property
     def is_busy(self) -> bool:
-        """Whether others and hypervisor together exceed `BUSY_SHARE`; unknown, the loop decides."""
-        if self.others is None or self.stolen is None:
-            return self.waited > BUSY_SHARE
-        return self.others + self.stolen > BUSY_SHARE
+        """Whether that is too much for times that are taken on the CPU."""
+        return self.exceeds(BUSY_SHARE)
 
     def sentence(self) -> str:
         """The shares in words."""
@@ -143,12 +151,71 @@ def idle_load(seconds: float = 0.5) -> Load:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Seconds per call of each contender in each round, and the load meanwhile."""
+class Sample:
+    """Seconds per call of some calls in a row.
 
-    seconds: Mapping[str, list[float]]
+    Attributes:
+        seconds: from the first call to the end of the last one's work.
+        host: what the host took to issue a call to a GPU.
+        device: what a GPU took for a call while it never waited for the host; None where it did.
+    """
+
+    seconds: float
+    host: float | None = None
+    device: float | None = None
+
+
+class Timer(Protocol):
+    """Takes the samples on one kind of device.
+
+    Attributes:
+        device: where the calls work.
+        busy_share: other work on more than this share of the cores disturbs.
+    """
+
+    device: torch.device
+    busy_share: float
+
+    def sample(self, call: Callable[[], object], repeats: int, in_cache: bool) -> Sample:
+        """Time ``repeats`` calls; ``in_cache``: with their data in the cache from the first on."""
+        ...
+
+
+class CpuTimer:
+    """The host's clock around calls that are done when they return.
+
+    With ``in_cache``, a sample starts with one untimed call, which brings the data back into the
+    cache after the other contenders' turns.
+    """
+
+    device = torch.device("cpu")
+    busy_share = BUSY_SHARE
+
+    def sample(self, call: Callable[[], object], repeats: int, in_cache: bool) -> Sample:
+        """The wall time of the calls."""
+        if in_cache:
+            call()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return Sample((time.perf_counter() - start) / repeats)
+
+
+CPU_TIMER = CpuTimer()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The samples of each contender, one a round, and the load meanwhile."""
+
+    samples: Mapping[str, list[Sample]]
     load: Load
     calls_per_sample: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, list[float]]:
+        """Seconds per call of each contender in each round."""
+        return {name: [one.seconds for one in some] for name, some in self.samples.items()}
 
     def median(self, name: str) -> float:
         """Seconds per call."""
@@ -164,6 +231,19 @@ class Measurement:
         rounds = zip(self.seconds[name], self.seconds[to], strict=True)
         return median(a / b for a, b in rounds)
 
+    def host(self, name: str) -> float | None:
+        """Seconds in which the host issues a call to a GPU; None on a CPU."""
+        known = [one.host for one in self.samples[name] if one.host is not None]
+        return median(known) if known else None
+
+    def on_device(self, name: str) -> float | None:
+        """Seconds of a GPU's own work; None where it had to wait in more than half of the rounds.
+
+        Which is so of calls that wait for the GPU themselves.
+        """
+        known = [one.device for one in self.samples[name] if one.device is not None]
+        return median(known) if 2 * len(known) >= len(self.samples[name]) else None
+
 
 def measure(
     calls: Mapping[str, Callable[[], object]],
@@ -171,41 +251,32 @@ def measure(
     *,
     in_cache: bool = False,
     min_rounds: int = MIN_ROUNDS,
+    timer: Timer = CPU_TIMER,
 ) -> Measurement:
     """Time ``calls`` in turns for about ``budget`` seconds, but ``min_rounds`` rounds at least.
 
-    Every call runs at least twice before the clock starts (what compiles does so then). With
-    ``in_cache``, each sample starts with one untimed call, which brings the data back into the
-    cache after the other contenders' turns.
+    Every call runs at least twice before the clock starts (what compiles does so then).
     """
-    repeats, round_seconds = {}, 0.0
+    repeats = {}
     for name, call in calls.items():
         call()
-        estimate = min(_sample(call, 1) for _ in range(3))
+        estimate = min(timer.sample(call, 1, in_cache).seconds for _ in range(3))
         repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(estimate, 1e-9)))
-        round_seconds += estimate * (repeats[name] + in_cache)
-    rounds = max(min_rounds, min(MAX_ROUNDS, int(budget / round_seconds)))
 
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     gc.collect()
     gc.disable()
     try:
         meter = LoadMeter()
-        for _ in range(rounds):
+        end = time.perf_counter() + budget
+        for done in itertools.count():
+            if done >= min_rounds and (done >= MAX_ROUNDS or time.perf_counter() >= end):
+                break
             shuffle(order)
             for name in order:
-                if in_cache:
-                    calls[name]()
-                seconds[name].append(_sample(calls[name], repeats[name]))
+                samples[name].append(timer.sample(calls[name], repeats[name], in_cache))
         load = meter.read()
     finally:
         gc.enable()
-    return Measurement(seconds, load, repeats)
-
-
-def _sample(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+    return Measurement(samples, load, repeats)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 import ppkernels as pp
 from bench import models
+from bench.contenders import seeded
 from bench.models import CLASSES, Network, Prepare
-from bench.row import Bar, Build, Call, MemoryBar, Row
+from bench.row import CPU, GPU, Bar, Build, Call, MemoryBar, Row
 
 DENSE, PHI, EAGER, COMPILED = "dense", "stores=phi", "eager", "compiled"
 
@@ -32,7 +34,7 @@ WORKSPACE_BYTES = 64 * 2**10
 """What a powered step may allocate in passing, whatever the size of the model."""
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
-"""Takes a model's parameters; the powered ones take ``rule`` too."""
+"""Takes a model's parameters; the powered ones take options of theirs too."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ ADAMW: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0}
 OPTIMIZERS = {
     "sgd": Optimizers(
         stock=lambda parameters: torch.optim.SGD(parameters, fused=True, **SGD),
-        powered=lambda parameters, **rule: pp.optim.PowerSGD(parameters, **SGD, **rule),
+        powered=lambda parameters, **more: pp.optim.PowerSGD(parameters, **SGD, **more),
     ),
     "adamw": Optimizers(
         stock=lambda parameters: torch.optim.AdamW(parameters, fused=True, **ADAMW),
-        powered=lambda parameters, **rule: pp.optim.PowerAdamW(parameters, **ADAMW, **rule),
+        powered=lambda parameters, **more: pp.optim.PowerAdamW(parameters, **ADAMW, **more),
     ),
 }
 
@@ -72,12 +74,11 @@ class TrainingInputs:
 
 def training_inputs(
     network: Network, batch: int, is_masked: bool
-) -> Callable[[int], TrainingInputs]:
+) -> Callable[[int, torch.device], TrainingInputs]:
     """Random pictures and classes; under masks, 90 % of each layer's weights are frozen at 0."""
 
-    def make(size: int) -> TrainingInputs:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+    def make(size: int, device: torch.device) -> TrainingInputs:
+        with seeded(device):
             plain = network.plain(size)
             input = torch.randn(batch, *network.input_shape(size))
             target = torch.randint(CLASSES, (batch,))
@@ -92,9 +93,15 @@ def training_inputs(
 
 
 def training_step(
-    prepare: Prepare, make_optimizer: MakeOptimizer, is_compiled: bool = False
+    prepare: Prepare,
+    make_optimizer: MakeOptimizer,
+    is_compiled: bool = False,
+    is_autocast: bool = False,
 ) -> Build:
-    """One step of training: zero_grad, forward, cross-entropy, backward, optimizer step."""
+    """One step of training: zero_grad, forward, cross-entropy, backward, optimizer step.
+
+    With ``is_autocast`` the forward runs under autocast to bfloat16, the weights stay float32.
+    """
 
     def build(inputs: TrainingInputs) -> Call:
         model = prepare(copy.deepcopy(inputs.plain))
@@ -102,10 +109,13 @@ def training_step(
         network = torch.compile(model, dynamic=False) if is_compiled else model
         # The call keeps these alone, and not the plain network: `bench.memory` counts what is left.
         input, target = inputs.input, inputs.target
+        autocast = partial(torch.autocast, input.device.type, torch.bfloat16)
+        casts = autocast if is_autocast else nullcontext
 
         def call() -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(network(input), target)
+            with casts():
+                loss = F.cross_entropy(network(input), target)
             loss.backward()
             optimizer.step()
             return loss
@@ -125,44 +135,55 @@ def _row(
     by_hand: bool = False,
     is_masked: bool = False,
     is_weighed: bool = False,
+    is_autocast: bool = False,
+    devices: tuple[str, ...] = CPU + GPU,
 ) -> Row:
     """A row.
 
     Args:
-        by_hand: handwritten Powerpropagation takes part, eager and compiled; both take their time.
+        by_hand: handwritten Powerpropagation takes part on a CPU too, eager and compiled; both take
+            their time there.
         is_masked: 90 % of the weights are frozen; stock optimizers know no masks, so that the only
             rival is the dense model, which trains all of them.
         is_weighed: peak memory has a bar too.
+        is_autocast: the forward is in bfloat16, but for what autocast leaves in float32.
+        devices: where it is measured.
     """
+    step = partial(training_step, is_autocast=is_autocast)
     stock = OPTIMIZERS[optimizer].stock
-    rivals = {DENSE: training_step(models.dense, stock)}
+    rivals = {DENSE: step(models.dense, stock)}
+    written_out = {}
     if not is_masked:
-        rivals[PHI] = training_step(models.powered(alpha, "phi"), stock)
-    if by_hand:
-        rivals[EAGER] = training_step(models.handwritten(alpha), stock)
-        rivals[COMPILED] = training_step(models.handwritten(alpha), stock, is_compiled=True)
+        rivals[PHI] = step(models.powered(alpha, "phi"), stock)
+        written_out[EAGER] = step(models.handwritten(alpha), stock)
+        written_out[COMPILED] = step(models.handwritten(alpha), stock, is_compiled=True)
 
     def ours(inputs: TrainingInputs) -> Call:
         prepare = models.powered(alpha, "theta", inputs.update_masks)
-        return training_step(prepare, OPTIMIZERS[optimizer].powered)(inputs)
+        return step(prepare, OPTIMIZERS[optimizer].powered)(inputs)
 
     def extra_bytes(size: int) -> int:
         return WORKSPACE_BYTES + (network.mask_bytes(size) if is_masked else 0)
 
-    masks = "/masks" if is_masked else ""
+    parts = (network.name, f"batch={batch}", optimizer, f"alpha={alpha:g}")
+    more = (*(["masks"] if is_masked else []), *(["autocast"] if is_autocast else []))
     return Row(
-        name=f"training_step/{network.name}/batch={batch}/{optimizer}/alpha={alpha:g}{masks}",
+        name="/".join(("training_step", *parts, *more)),
         suite="training_step",
         ops=OPS,
         inputs=training_inputs(network, batch, is_masked),
         ours=ours,
-        rivals=rivals,
+        rivals={**rivals, **(written_out if by_hand else {})},
+        gpu_rivals=written_out,
         size=network.size,
         quick_size=network.quick_size,
         unit=network.unit,
         flops=partial(network.flops, batch),
         bars=bars,
         memory=MemoryBar(DENSE, extra_bytes) if is_weighed else None,
+        # A weight that is off by its last bit may be another number in bfloat16.
+        rtol=1e-3 if is_autocast else 2e-5,
+        devices=devices,
     )
 
 
@@ -171,7 +192,11 @@ def _dense_times(limit: float) -> tuple[Bar, ...]:
 
 
 def training_rows() -> list[Row]:
-    """SGD with momentum and AdamW, from small to large networks, with and without masks."""
+    """SGD with momentum and AdamW, from small to large networks, with and without masks.
+
+    On a GPU it is the MLPs: convolutions are in TF32 there by torch's default, so that the losses
+    of two contenders need not agree as closely as the check asks.
+    """
     mlp, small, cnn, resnet = models.MLP_2048, models.MLP_300, models.CNN, models.RESNET_18
     phi = (Bar("times", 1.5, DENSE, PHI), Bar("faster", 1.5, COMPILED, PHI))
     by_hand = (Bar("faster", 2.2, COMPILED), Bar("faster", 2.6, EAGER))
@@ -191,9 +216,16 @@ def training_rows() -> list[Row]:
         _row(mlp, 512, "adamw", 1.5, bars=_dense_times(1.03)),
         _row(small, 60, "sgd", 1.5, bars=_dense_times(1.15), by_hand=True),
         _row(small, 60, "adamw", 1.5, bars=_dense_times(1.15)),
-        _row(cnn, 64, "sgd", 1.5, by_hand=True),
-        _row(cnn, 64, "adamw", 1.5),
-        _row(resnet, 16, "sgd", 1.5, is_weighed=True),
-        _row(resnet, 16, "adamw", 1.5),
-        _row(resnet, 16, "sgd", 1.5, is_masked=True, is_weighed=True),
+        _row(cnn, 64, "sgd", 1.5, by_hand=True, devices=CPU),
+        _row(cnn, 64, "adamw", 1.5, devices=CPU),
+        _row(resnet, 16, "sgd", 1.5, is_weighed=True, devices=CPU),
+        _row(resnet, 16, "adamw", 1.5, devices=CPU),
+        _row(resnet, 16, "sgd", 1.5, is_masked=True, is_weighed=True, devices=CPU),
+        _row(mlp, 4096, "sgd", 1.5, devices=GPU),
+        _row(mlp, 4096, "adamw", 1.5, devices=GPU),
+        *(
+            _row(mlp, batch, name, 1.5, is_autocast=True, is_weighed=batch == 128, devices=GPU)
+            for batch in (16, 128, 512, 4096)
+            for name in OPTIMIZERS
+        ),
     ]
