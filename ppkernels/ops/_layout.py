@@ -1,7 +1,8 @@
-"""How tensors lie in memory: what the GPU launchers of every room ask."""
+"""How tensors lie in memory: what the rooms ask, the GPU launchers most of all."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,8 @@ def is_dense(value: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def laid_out_as(result: Tensor, out: Tensor) -> Tensor:
+    """``result`` in the memory layout of ``out``, new memory that it goes into if need be."""
+    return result if result.stride() == out.stride() else out.copy_(result)
