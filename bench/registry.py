@@ -32,6 +32,7 @@ class Tensors:
     grad: Tensor  # [N]
     grad_grad: Tensor  # [N]
     out: Tensor  # [N]
+    mask: Tensor  # [N], bool; one in ten is True
 
 
 def tensors(
@@ -39,8 +40,9 @@ def tensors(
     grads: int = 0,
     has_out: bool = True,
     is_positive: bool = False,
+    has_mask: bool = False,
 ) -> Callable[[int], Tensors]:
-    """Weights of a usual scale, ``grads`` gradients, and an output; what is not asked is empty."""
+    """Weights of a usual scale, ``grads`` gradients, output, mask; what is not asked is empty."""
 
     def make(size: int) -> Tensors:
         generator = torch.Generator().manual_seed(0)
@@ -51,7 +53,8 @@ def tensors(
         grad, grad_grad = gradients + [torch.empty(0, dtype=dtype)] * (2 - grads)
         # Written once here, so that no contender pays for the first touch of its pages.
         out = torch.empty(size if has_out else 0, dtype=dtype).zero_()
-        return Tensors(weight.abs_() if is_positive else weight, grad, grad_grad, out)
+        mask = torch.rand(size if has_mask else 0, generator=generator) < 0.1
+        return Tensors(weight.abs_() if is_positive else weight, grad, grad_grad, out, mask)
 
     return make
 
@@ -68,7 +71,7 @@ def compiled(formula: Callable[..., Tensor], *names: str) -> Build:
 
 
 def power_rows() -> list[Row]:
-    """θ = φ·|φ|^(α−1) into an existing tensor: in memory, in cache, and in bfloat16."""
+    """θ = φ·|φ|^(α−1) into an existing tensor: in memory, in cache, in bfloat16; and masked."""
     rows = []
     for alpha in (1.25, 1.5, 2.0, 1.0):
         bars = (
@@ -82,7 +85,42 @@ def power_rows() -> list[Row]:
     rows.append(_power_row("cache", 1.25, bars=(in_cache,)))
     rows.append(_power_row("cache", 1.5))
     rows.append(_power_row("memory", 1.25, dtype=torch.bfloat16))
+    rows.append(_masked_row(1.5))
     return rows
+
+
+def _masked_row(alpha: float) -> Row:
+    """θ under a mask in which one bit in ten is set, in new memory, as a layer computes it."""
+
+    def eager(weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight * weight.abs().pow(alpha - 1), 0.0)
+
+    def masked(x: Tensors) -> Call:
+        words = pp.pack_bits(x.mask)
+        return lambda: pp.power(x.weight, alpha, words=words)
+
+    def two_passes(x: Tensors) -> Call:
+        words = pp.pack_bits(x.mask)
+        return lambda: pp.apply_mask(pp.power(x.weight, alpha), words)
+
+    return Row(
+        name=f"power/memory/float32/alpha={alpha:g}/masked",
+        suite="power",
+        ops=("power",),
+        inputs=tensors(has_out=False, has_mask=True),
+        ours=masked,
+        rivals={
+            "torch.clone": lambda x: lambda: x.weight.clone(),
+            "power, apply_mask": two_passes,
+            "eager": lambda x: lambda: eager(x.weight, x.mask),
+            "compiled": compiled(eager, "weight", "mask"),
+        },
+        size=IN_MEMORY,
+        quick_size=QUICK,
+        # The mask's bits, a 64th of that, are not counted.
+        streams=("read weight", "write theta"),
+        roof="torch.clone",
+    )
 
 
 def _power_row(
