@@ -58,7 +58,7 @@ class PowerLinear(Powered, nn.Linear):
         theta = self.weight
         if self.stores == "phi":
             alpha: Any = self._buffers["alpha"]
-            theta = Power.apply(theta, alpha)
-        if self._mask is not None:
+            theta = Power.apply(theta, alpha, self._words(theta))
+        elif self._mask is not None:
             theta = self._hide(theta)
         return F.linear(input, theta, self.bias)
