@@ -1,7 +1,7 @@
 """The rows of masks of one bit an entry, against masks of a byte an entry in plain torch.
 
-The ops on masks alone are exact, and have no samples in `ppkernels.testing`: what says that they are
-right is that at full size every value is that of plain torch.
+The ops on masks alone are exact, and have no samples in `ppkernels.testing`: what says that they
+are right is that at full size every value is that of plain torch.
 """
 
 from __future__ import annotations

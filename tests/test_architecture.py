@@ -20,6 +20,7 @@ CHECKED = ("ppkernels._checks", "ppkernels._backend")
 BITS = "ppkernels.ops._bits"
 LAYOUT = "ppkernels.ops._layout"
 SHARED_BY_KERNELS = (LAYOUT, "ppkernels.ops._point", "ppkernels.ops._tile")
+POWER_GPU = "ppkernels.ops.power.gpu"
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
 # Files of the package, and what they may import besides the standard library; the first row that
@@ -41,6 +42,12 @@ IMPORTS = [
     ("ops/_point.py", ["triton.*"]),
     ("ops/_tile.py", ["triton.*"]),
     ("ops/*/__init__.py", ["{room}.*"]),
+    # A power and a product: the one room that is built on another.
+    ("ops/power_linear/reference.py", ["torch.*", "ppkernels.ops.power"]),
+    ("ops/power_linear/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS, POWER_GPU]),
+    ("ops/power_linear/kernels.py", ["triton.*", "ppkernels.ops._point", POWER_GPU]),
+    ("ops/power_linear/op.py", ["torch.*", "{room}.*", *CHECKED, LAYOUT, "ppkernels.ops.power"]),
+    ("ops/power_linear/model.py", ["torch.*"]),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),

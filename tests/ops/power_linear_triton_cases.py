@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 import ppkernels as pp
+from ppkernels.ops.power import gpu as power_gpu
 from ppkernels.ops.power_linear import gpu, model, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,7 +26,7 @@ SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 # Dtypes of the input and of the weight.
 DTYPES = [(SINGLE, SINGLE), (HALF, HALF), (BRAIN, BRAIN), (HALF, SINGLE), (BRAIN, SINGLE)]
 # M, N, K: one of each; odd; whole tiles; more than a tile of each, and remainders.
-SIZES = [(1, 1, 1), (5, 37, 50), (16, 64, 128), (70, 65, 33), (130, 130, 67), (2, 128, 1100)]
+SIZES = [(1, 1, 1), (5, 37, 50), (16, 64, 128), (70, 65, 33), (130, 130, 67), (2, 128, 600)]
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +37,13 @@ def _silence_numpy():
 
 
 @pytest.fixture(autouse=True)
-def _upcast_bfloat16(monkeypatch):
-    # The interpreter has no products of bfloat16; on a GPU nothing is changed.
+def _suit_the_interpreter(monkeypatch):
+    # It has no products of bfloat16; on a GPU nothing is changed.
     types = {SINGLE: tl.float32, HALF: tl.float16, BRAIN: tl.float32}
     if INTERPRETED:
         monkeypatch.setattr(gpu, "dot_type", types.__getitem__)
+        # A program costs about a millisecond there.
+        monkeypatch.setattr(power_gpu, "BLOCK_BYTES", 1 << 18)
 
 
 @pytest.fixture
@@ -85,8 +88,11 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def check(name: str, *args: Tensor | None) -> None:
-    """The launcher ``name`` against the reference, on arguments that lie on the CPU."""
+def check(name: str, *args: Tensor | None, eps: float = 0.0) -> None:
+    """The launcher ``name`` against the reference, on arguments that lie on the CPU.
+
+    ``eps`` is that of a coarser dtype in which something is rounded on the way.
+    """
     exact = getattr(reference, name)(*wide(*args))
     plain = getattr(reference, name)(*args)
     result = getattr(gpu, name)(*on_device(*args))
@@ -94,19 +100,21 @@ def check(name: str, *args: Tensor | None) -> None:
     assert result.shape == plain.shape
     error = (result.cpu().double() - exact).abs().max()
     allowed = 2 * (plain.double() - exact).abs().max()
-    # Products of half types have a power that is good to 2^-16. The interpreter cuts bfloat16 off
-    # where a GPU rounds.
-    eps = torch.finfo(plain.dtype).eps * (2 if plain.dtype == BRAIN else 1)
-    floor = max(eps, 2.0**-15 if args[0].dtype.itemsize == 2 else 0) * exact.abs().max()
-    assert error <= allowed + floor
+    # The interpreter cuts bfloat16 off where a GPU rounds; products of half types have a power that
+    # is good to 2^-16.
+    own = torch.finfo(plain.dtype).eps * 2
+    half = 2.0**-15 if args[0].dtype.itemsize == 2 else 0.0
+    assert error <= allowed + max(own, half, eps) * exact.abs().max()
 
 
-def check_all(x: Tensor, weight: Tensor, alpha: Tensor, words: Tensor | None) -> None:
-    """All three products of one layer."""
+def check_all(
+    x: Tensor, weight: Tensor, alpha: Tensor, words: Tensor | None, eps: float = 0.0
+) -> None:
+    """All three products of one layer; ``eps`` is for the gradient of the weight."""
     g = values(x.shape[0], weight.shape[0], dtype=x.dtype)
     check("power_linear", x, weight, alpha, None, words)
     check("power_linear_grad_input", g, weight, alpha, words)
-    check("power_linear_grad_weight", g, x, weight, alpha, words)
+    check("power_linear_grad_weight", g, x, weight, alpha, words, eps=eps)
 
 
 @pytest.mark.parametrize("way", ["fused", "buffer"])
@@ -116,7 +124,11 @@ def test_products(sizes, dtypes, way, take):
     take(way)
     batch, rows, columns = sizes
     x, weight = values(batch, columns, dtype=dtypes[0]), values(rows, columns, dtype=dtypes[1])
-    check_all(x, weight, exponent(1.5, "cpu"), words_of(weight) if batch % 2 == 0 else None)
+    words = words_of(weight) if batch % 2 == 0 else None
+    # Only NVIDIA's library gives products of half types unrounded.
+    is_rounded = way == "buffer" and (INTERPRETED or torch.version.hip is not None)
+    eps = torch.finfo(dtypes[0]).eps if is_rounded else 0.0
+    check_all(x, weight, exponent(1.5, "cpu"), words, eps)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.1, 2.0, 3.0, 8.0])

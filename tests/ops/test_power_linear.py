@@ -1,4 +1,4 @@
-"""Op `power_linear` where no GPU is needed: values, gradients, transforms, errors, and the model."""
+"""Op `power_linear` where no GPU is needed: values, gradients, transforms, errors, the model."""
 
 from __future__ import annotations
 

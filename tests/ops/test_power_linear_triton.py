@@ -1,4 +1,4 @@
-"""Runs the Triton tests of op `power_linear`, interpreted here and on the GPU where there is one."""
+"""Runs the Triton tests of op `power_linear`: interpreted here, and on a GPU where there is one."""
 
 from __future__ import annotations
 

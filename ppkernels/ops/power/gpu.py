@@ -50,7 +50,7 @@ def power_curvature(weight, alpha, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _exponent(alpha):
+def exponent_of(alpha):
     """α as a float64 scalar, from a pointer, from the bits of a float64, or 1 from None."""
     if alpha is None:
         return tl.full((), 1.0, tl.float64)
@@ -102,13 +102,16 @@ def _store(out, block, words, offsets, start, numel, BLOCK: tl.constexpr):
 def signed_power_kernel(x, out, words, numerator, denominator, numel, BLOCK: tl.constexpr):
     """out = sign(x)·|x|^(numerator/denominator) over [N] values in memory order, masked by words.
 
-    The exponent is α, 1/α or α/α'; each of the two is what `_exponent` takes. ``out`` may be ``x``.
+    The exponent is α, 1/α or α/α'; each of the two is what `exponent_of` takes. ``out`` may be
+    ``x``, or of another dtype.
     """
-    PRECISE: tl.constexpr = x.dtype.element_ty.primitive_bitwidth > 16
+    IN: tl.constexpr = x.dtype.element_ty.primitive_bitwidth
+    OUT: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
+    PRECISE: tl.constexpr = min(IN, OUT) > 16
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    exponent = _exponent(numerator)
+    exponent = exponent_of(numerator)
     if denominator is not None:
-        exponent = exponent / _exponent(denominator)
+        exponent = exponent / exponent_of(denominator)
     offsets = _offsets(words, BLOCK)
     power = signed_power(_load(x, offsets, start, numel, BLOCK), exponent, PRECISE)
     _store(out, power, words, offsets, start, numel, BLOCK)
@@ -122,7 +125,7 @@ def power_backward_kernel(grad_theta, weight, out, words, alpha, numel, BLOCK: t
     offsets = _offsets(words, BLOCK)
     grad = _load(grad_theta, offsets, start, numel, BLOCK)
     phi = _load(weight, offsets, start, numel, BLOCK)
-    slope = power_slope(phi, _exponent(alpha), PRECISE)
+    slope = power_slope(phi, exponent_of(alpha), PRECISE)
     _store(out, grad * slope, words, offsets, start, numel, BLOCK)
 
 
@@ -136,7 +139,7 @@ def power_double_backward_kernel(
     """
     PRECISE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth > 16
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    exponent = _exponent(alpha)
+    exponent = exponent_of(alpha)
     offsets = _offsets(words, BLOCK)
     phi = _load(weight, offsets, start, numel, BLOCK)
     product = _load(grad_grad_weight, offsets, start, numel, BLOCK)
@@ -233,9 +236,10 @@ def _launch(
     if numel == 0:
         return
     arranged = [
-        value if same_layout(value, out) else torch.empty_like(out).copy_(value) for value in inputs
+        value if same_layout(value, out) else torch.empty_like(out, dtype=value.dtype).copy_(value)
+        for value in inputs
     ]
-    alphas = [_kernel_argument(alpha, out.device) for alpha in exponents]
+    alphas = [exponent_argument(alpha, out.device) for alpha in exponents]
     block = BLOCK_BYTES // out.element_size()
     # A kernel goes to the current device, which need not be that of the tensors.
     with torch.cuda.device_of(out):
@@ -243,7 +247,7 @@ def _launch(
         kernel[grid](*arranged, out, words, *alphas, numel, BLOCK=block, num_warps=_WARPS)
 
 
-def _kernel_argument(alpha: Tensor | None, device: torch.device) -> Tensor | int | None:
+def exponent_argument(alpha: Tensor | None, device: torch.device) -> Tensor | int | None:
     """α as a kernel takes it: where it lies on the device, its address; from the CPU, its bits.
 
     Reading a CPU tensor waits for nothing, and passing its bits along with the launch spares a copy
