@@ -94,4 +94,6 @@ def check_word(op: str, name: str, word: str, first: str, second: str) -> None:
 
 def is_captured(device: torch.device) -> bool:
     """Whether a CUDA graph records what is done on ``device``, where no value can be asked for."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False  # without a GPU the question itself could fail
+    return torch.cuda.is_current_stream_capturing()

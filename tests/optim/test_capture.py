@@ -68,9 +68,10 @@ def test_a_learning_rate_in_a_tensor_is_read_at_each_step(kind: str, dtype: torc
 @each_kind
 def test_no_value_is_asked_of_a_gpu(kind: str, scaled: bool, stores: str) -> None:
     """From the second step on; the first of SGD with dampening has to know if it is left out."""
-    with FakeTensorMode():
-        model = pp.powerize(nn.Sequential(nn.Linear(5, 16), nn.Linear(16, 2)), 1.5, stores)
-        model.to("cuda")
+    # The exponent of plain parameters, and "no mask", are values of the host.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layers = nn.Linear(5, 16, device="cuda"), nn.Linear(16, 2, device="cuda")
+        model = pp.powerize(nn.Sequential(*layers), 1.5, stores)
         # Layers that share a weight have to agree: their values are compared when one comes anew.
         model[0].update_mask = pp.BitMask.zeros((16, 5), "cuda")
         model[1].mask = pp.BitMask.zeros((2, 16), "cuda")
@@ -79,7 +80,9 @@ def test_no_value_is_asked_of_a_gpu(kind: str, scaled: bool, stores: str) -> Non
         optimizer = optimizer_of(kind, model)
         optimizer.param_groups[0]["lr"] = lr
         for step in range(3):
-            model(torch.zeros(3, 5, device="cuda")).sum().backward()
+            # A backward pass looks for a GPU; those of tests/gpu need one.
+            model(torch.zeros(3, 5, device="cuda"))
+            fill_gradients(model)
             if scaled and step > 0:
                 optimizer.grad_scale = torch.ones((), device="cuda")
                 optimizer.found_inf = torch.zeros((), device="cuda")
