@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppkernels as pp
 from ppkernels.ops.step import kept, table
@@ -204,6 +205,51 @@ def test_nothing_of_the_model_is_kept_alive() -> None:
     del lists
     gc.collect()
     assert [each() for each in gone] == [None] * len(gone)
+
+
+class NoValues(TorchDispatchMode):
+    """An error where the value of a tensor is asked for, which a GPU would be waited for."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket
+        asked = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal)
+        assert name not in asked, f"{name} asks for a value"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["as they are", "with gaps", "channels_last"])
+def test_the_launcher_asks_for_no_value(
+    layout: str, lr_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has to be copied or put in another order, and however lr, scale and flag come."""
+    pytest.importorskip("triton")
+    from ppkernels.ops.step import gpu
+
+    launches: list[tuple[Any, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: launches.append(args)
+
+    for kernel in ("prepare_kernel", "step_kernel"):
+        monkeypatch.setattr(gpu, kernel, Recorder())
+    lists = lists_of(4, 6, 3, 3)
+    if layout == "with gaps":
+        lists = replace(lists, weights=[torch.rand(4, 6, 3, 6)[..., ::2] for _ in range(3)])
+    if layout == "channels_last":
+        weights = [w.contiguous(memory_format=torch.channels_last) for w in lists.weights]
+        lists = replace(lists, weights=weights)
+    words = (0.9, 0.999, 1e-8, 0.1, "decoupled", "theta", "virtual", False)
+    scaling = (torch.ones(()), torch.zeros(()))
+    arguments = [lists.weights, lists.grads, *lists.states.values(), [], lists.steps, []]
+    arguments += [lists.masks, lists.alphas, lists.holds_phi, torch.tensor(0.1, dtype=lr_dtype)]
+    with NoValues():
+        for _ in range(2):
+            gpu.adam_step_(*arguments, *words, *scaling)
+    assert len(launches) == 4
+    with NoValues(), pytest.raises(AssertionError, match="asks for a value"):
+        torch.ones(()).item()
 
 
 def test_a_captured_call_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
