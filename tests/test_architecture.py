@@ -42,6 +42,7 @@ IMPORTS = [
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_ROOMS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", "ppkernels._checks", "ppkernels._backend", BITS]),
     ("ops/step/table.py", ["torch.*", "ppkernels.ops._layout", "ppkernels._checks"]),
+    ("ops/step/kept.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
     ("ops/step/lists.py", ["torch.*", "{room}.*", "ppkernels._checks", BITS]),
     ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
