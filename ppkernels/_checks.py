@@ -129,3 +129,10 @@ def check_word(op: str, name: str, word: str, first: str, second: str) -> None:
     """``word`` is one of two."""
     if word not in (first, second):
         raise ValueError(f"{op}: {name} must be {first!r} or {second!r}, got {word!r}")
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is done on ``device``, where no value can be asked for."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False  # without a GPU the question itself could fail
+    return torch.cuda.is_current_stream_capturing()

@@ -15,6 +15,12 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, ppkernels CPU kernels: {pp.cpu_capability()}"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # In one place, so that pytest reports all of them in one line.
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU that PyTorch can use")
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """The same threads and random numbers for every test, whatever ran before it."""

@@ -52,6 +52,7 @@ IMPORTS = [
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),
     ("ops/step/table.py", ["torch.*", LAYOUT, "ppkernels._checks"]),
+    ("ops/step/kept.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
     ("ops/step/lists.py", ["torch.*", "{room}.*", "ppkernels._checks", BITS]),
     ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),

@@ -180,7 +180,7 @@ def test_devices() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_to_the_gpu_and_back() -> None:
     mask = BitMask.pack(random_mask(5, 7))
     there = mask.cuda()

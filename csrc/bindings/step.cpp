@@ -55,6 +55,19 @@ double number_in(const char* op, const char* name, const std::optional<Tensor>& 
   return *t->const_data_ptr<float>();
 }
 
+// The learning rate, a tensor so that another value is no other graph to a tracer.
+double rate_in(const char* op, const Tensor& lr) {
+  const bool is_single = lr.scalar_type() == ScalarType::Float;
+  const bool fits = is_single || lr.scalar_type() == ScalarType::Double;
+  if (!lr.is_cpu() || !fits || lr.numel() != 1) {
+    require(false, op, ": lr must hold one float32 or float64 number on the CPU, as the weights ",
+            "are, got ", described(lr));
+  }
+  const double value = is_single ? *lr.const_data_ptr<float>() : *lr.const_data_ptr<double>();
+  require(value >= 0 && std::isfinite(value), op, ": lr must be a finite number >= 0, got ", value);
+  return value;
+}
+
 struct Arguments {
   const char* op;
   const Tensors &weights, &grads;
@@ -213,7 +226,7 @@ bool found_inf_in(const char* op, const std::optional<Tensor>& found_inf) {
 }
 
 void sgd_step(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors masters,
-              Tensors masks, Tensors alphas, std::vector<int64_t> holds_phi, double lr,
+              Tensors masks, Tensors alphas, std::vector<int64_t> holds_phi, Tensor lr,
               double momentum, double dampening, bool nesterov, double weight_decay,
               std::string decay, std::string decay_of, std::string rule, bool maximize,
               std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
@@ -225,7 +238,8 @@ void sgd_step(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors 
   }
   a.check();
   SgdOptions options{};
-  set_options(op, options, {lr, weight_decay, decay, decay_of, rule, maximize, grad_scale});
+  const double rate = rate_in(op, lr);
+  set_options(op, options, {rate, weight_decay, decay, decay_of, rule, maximize, grad_scale});
   options.momentum = momentum;
   options.dampening = dampening;
   options.nesterov = nesterov;
@@ -264,7 +278,7 @@ class StepCounts {
 
 void adam_step(Tensors weights, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
                Tensors max_exp_avg_sqs, Tensors steps, Tensors masters, Tensors masks,
-               Tensors alphas, std::vector<int64_t> holds_phi, double lr, double beta1,
+               Tensors alphas, std::vector<int64_t> holds_phi, Tensor lr, double beta1,
                double beta2, double eps, double weight_decay, std::string decay,
                std::string decay_of, std::string rule, bool maximize,
                std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
@@ -279,7 +293,8 @@ void adam_step(Tensors weights, Tensors grads, Tensors exp_avgs, Tensors exp_avg
   a.check();
   check_length(op, "steps", steps.size(), weights.size());
   AdamOptions options{};
-  set_options(op, options, {lr, weight_decay, decay, decay_of, rule, maximize, grad_scale});
+  const double rate = rate_in(op, lr);
+  set_options(op, options, {rate, weight_decay, decay, decay_of, rule, maximize, grad_scale});
   options.beta1 = beta1;
   options.beta2 = beta2;
   options.eps = eps;

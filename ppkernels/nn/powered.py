@@ -59,6 +59,9 @@ class Powered(Masked):
     leaves them as they are where the checkpoint is a plain layer's. torch.distributed.checkpoint
     loads only keys that the model has when it begins: there a new model needs masks, of any bits,
     first.
+
+    A program of torch.export has the exponent as a buffer, which may change, and the masks as
+    constants. It is for inference: it has no gradient of φ, and none through masks.
     """
 
     # Until a layer has its exponent it is a plain one, whose weight is θ.

@@ -16,6 +16,7 @@ from ppkernels.optim.power_optimizer import (
     PowerOptimizer,
     Rule,
     Scaling,
+    rate_on,
 )
 
 
@@ -34,11 +35,11 @@ class PowerAdamW(PowerOptimizer):
     of Powerpropagation. ``"virtual"`` keeps it.
 
     All other parameters, the weights of layers with ``stores="phi"``, exponents, update masks,
-    weight decay, half types, GradScaler and errors: as in `PowerSGD`.
+    weight decay, half types, GradScaler, CUDA graphs and errors: as in `PowerSGD`.
 
     Args:
         params: as in `PowerSGD`.
-        lr: the learning rate, ≥ 0.
+        lr: as in `PowerSGD`.
         betas: β₁ and β₂, in [0, 1).
         eps: ε ≥ 0.
         weight_decay: λ ≥ 0. None by default, where torch.optim.AdamW has 0.01.
@@ -118,7 +119,7 @@ class PowerAdamW(PowerOptimizer):
             masks=batch.masks,
             alphas=batch.alphas,
             holds_phi=batch.holds_phi,
-            lr=float(group["lr"]),
+            lr=rate_on(batch.params[0].device, group["lr"]),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
@@ -134,6 +135,7 @@ class PowerAdamW(PowerOptimizer):
     def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
+            self.check_state_may_begin(parameter)
             # Counted where the weight lies, so that a step on a GPU waits for nothing.
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = self.zero_state(parameter, group)

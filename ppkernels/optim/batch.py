@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppkernels import _powered
-from ppkernels._checks import alpha_tensor, check_floating
+from ppkernels._checks import alpha_tensor, check_floating, is_captured
 
 # What the fused step takes for "α = 1" and for "no mask".
 _ONE = torch.tensor(1.0, dtype=torch.float64, device="cpu")
@@ -96,13 +96,18 @@ def check_owners(optimizer: str, parameter: Tensor, group_alpha: float | Tensor 
             f"{optimizer}: a group with an alpha of its own has the weight of {layers[0]}, which "
             "has its layer's; put it into another group"
         )
-    if len({(layer.stores, float(layer.alpha)) for layer in layers}) > 1:
+    if len(layers) < 2:
+        return
+    # Values are compared where that is possible; a GPU is waited for.
+    may_ask = not is_captured(parameter.device)
+    forms = {(layer.stores, float(layer.alpha) if may_ask else None) for layer in layers}
+    if len(forms) > 1:
         raise ValueError(
             f"{optimizer}: {' and '.join(map(str, layers))} share one weight, so they need the "
             "same alpha and stores"
         )
     masks = [layer.update_mask for layer in layers if layer.update_mask is not None]
-    if any(mask != masks[0] for mask in masks[1:]):
+    if may_ask and any(mask != masks[0] for mask in masks[1:]):
         raise ValueError(
             f"{optimizer}: {' and '.join(map(str, layers))} share one weight, so their update "
             "masks have to be equal"

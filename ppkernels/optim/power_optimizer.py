@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ppkernels import _powered
-from ppkernels._checks import alpha_tensor, check_alpha, check_word
+from ppkernels._checks import alpha_tensor, check_alpha, check_word, is_captured
 from ppkernels.optim.batch import Batch, batch_of, check_owners
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -105,8 +105,18 @@ class PowerOptimizer(Optimizer):
         """
         raise NotImplementedError
 
+    def check_state_may_begin(self, parameter: Tensor) -> None:
+        """Raise if a CUDA graph is being captured: its replays would all begin with a new state."""
+        if is_captured(parameter.device):
+            raise RuntimeError(
+                f"{type(self).__name__}: the state of a parameter of shape "
+                f"{tuple(parameter.shape)} would be made anew at every replay of the CUDA graph; "
+                "take a step before the capture begins"
+            )
+
     def zero_state(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """A new state for ``parameter``: float32 beside a master copy, else of its own dtype."""
+        self.check_state_may_begin(parameter)
         is_wide = group["master_weights"] and parameter.dtype in _HALF
         dtype = torch.float32 if is_wide else parameter.dtype
         return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
@@ -122,6 +132,7 @@ class PowerOptimizer(Optimizer):
                 continue
             state = self.state[parameter]
             if "master" not in state:
+                self.check_state_may_begin(parameter)
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.dtype == parameter.dtype:
                         state[name] = value.to(torch.float32)
@@ -238,11 +249,14 @@ class PowerOptimizer(Optimizer):
         generation = _powered.generation()
         if self._agreed is generation:
             return
+        may_ask = True
         for group in self.param_groups:
             for parameter in group["params"]:
                 check_owners(type(self).__name__, parameter, group["alpha"])
                 self._remember(parameter)
-        self._agreed = generation
+                # There no values were compared.
+                may_ask &= not is_captured(parameter.device)
+        self._agreed = generation if may_ask else None
 
     def _remember(self, parameter: Tensor) -> None:
         """Note which layer owns ``parameter`` now; that of one that is gone stays noted."""
@@ -275,6 +289,16 @@ class PowerOptimizer(Optimizer):
         batches = [batch_of(name, some, group["alpha"]) for some in by_device.values()]
         self._batches[id(group)] = batches
         return batches
+
+
+def rate_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
+    """A learning rate as the fused step takes it for weights on ``device``."""
+    if not isinstance(lr, Tensor):
+        return float(lr)
+    if lr.dtype not in (torch.float32, torch.float64):
+        lr = lr.double()
+    # One on the CPU is read there.
+    return lr if lr.device.type == "cpu" else lr.to(device)
 
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from ppkernels.optim.power_optimizer import (
     PowerOptimizer,
     Rule,
     Scaling,
+    rate_on,
 )
 
 
@@ -53,7 +54,8 @@ class PowerSGD(PowerOptimizer):
         params: a model; or its parameters or parameter groups, as any torch optimizer takes them. A
             group may have an option ``alpha`` (a float or a 0-dim float64 tensor): its tensors hold
             θ and take the powered step though they belong to no powered layer.
-        lr: the learning rate, ≥ 0.
+        lr: the learning rate, ≥ 0: a number, or a tensor of one (float32 or float64), whose value
+            is read at each step, by the kernel itself where it lies on the weights' GPU.
         momentum: μ ≥ 0.
         dampening: τ.
         weight_decay: λ ≥ 0. None by default.
@@ -76,9 +78,16 @@ class PowerSGD(PowerOptimizer):
         ValueError: an option out of range; layers that share a weight but not α, ``stores`` and
             update mask, at a step too.
         RuntimeError: at a step, sparse gradients, a weight that torch.nn.utils has replaced, or one
-            whose powered layer is gone; no parameter has changed then.
+            whose powered layer is gone; no parameter has changed then. During the capture of a CUDA
+            graph, a parameter without its state.
 
     Under torch.compile a step is a graph break and runs as it is.
+
+    A step on a GPU waits for nothing, and a CUDA graph can capture it (torch's ``capturable``,
+    which needs no switch here) once a step has made the state. Replays follow gradients, exponents
+    (`pp.set_alpha`), an ``lr`` in a tensor on the GPU, and a GradScaler's scale and overflow flag.
+    The rest is as it was at the capture: other options, update masks, which parameters have
+    gradients; capture again when they change.
 
     Source: Schwarz et al., "Powerpropagation: A sparsity inducing weight reparameterisation", 2021.
     """
@@ -136,8 +145,9 @@ class PowerSGD(PowerOptimizer):
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in batch.params]
         except KeyError:
             fresh = [p for p in batch.params if "momentum_buffer" not in self.state[p]]
-            is_left_out = scaling[1] is not None and scaling[1].item() != 0
-            if group["dampening"] != 0 and is_left_out:
+            self.check_state_may_begin(fresh[0])
+            # Without dampening the first step is one like any other, and no GPU has to be asked.
+            if group["dampening"] != 0 and scaling[1] is not None and scaling[1].item() != 0:
                 return  # it is not the first step
             for parameter in fresh:
                 self.state[parameter]["momentum_buffer"] = self.zero_state(parameter, group)
@@ -178,7 +188,7 @@ class PowerSGD(PowerOptimizer):
             masks=batch.masks,
             alphas=batch.alphas,
             holds_phi=batch.holds_phi,
-            lr=float(group["lr"]),
+            lr=rate_on(batch.params[0].device, group["lr"]),
             momentum=group["momentum"],
             dampening=dampening,
             nesterov=group["nesterov"],

@@ -269,7 +269,7 @@ def test_casts_and_devices(stores: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @each_storage
 def test_masks_follow_to_the_gpu(stores: str) -> None:
     layer, x = masked_linear(stores), torch.randn(3, 6)

@@ -72,7 +72,7 @@ def test_meta_device_keeps_alpha(stores: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("stores", STORES)
 def test_alpha_follows_to_the_gpu(stores: str) -> None:
     layer = linear(stores).cuda().bfloat16()

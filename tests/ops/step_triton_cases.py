@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppkernels.ops.step import gpu, reference, table
+from ppkernels.ops.step import gpu, kept, reference, table
 from ppkernels.testing_steps import StepLists, check_step, step_cases, step_lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,10 +57,12 @@ class Call:
     steps: list[Tensor] = field(default_factory=list)
     masters: list[Tensor] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
+    # Those of the masks, where every run is to be given the same tensors.
+    words: list[Tensor] = field(default_factory=list)
     rule: str = "virtual"
     decay: tuple[str, str] = ("coupled", "theta")
     weight_decay: float = 0.0
-    lr: float = 0.1
+    lr: float | Tensor = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     maximize: bool = False
@@ -70,12 +72,13 @@ class Call:
     def run(self) -> None:
         words = [self.weight_decay, *self.decay, self.rule, self.maximize]
         none = torch.empty(0, dtype=torch.uint8, device=DEVICE)
+        is_number = not isinstance(self.lr, Tensor)
         shared = [
             self.masters,
-            [none if mask is None else words_of(mask) for mask in self.masks],
-            [torch.tensor(a, dtype=torch.float64, device=DEVICE) for a in self.alphas],
+            self.words or [none if mask is None else words_of(mask) for mask in self.masks],
+            [torch.as_tensor(a, dtype=torch.float64, device=DEVICE) for a in self.alphas],
             self.holds_phi,
-            self.lr,
+            torch.tensor(self.lr, dtype=torch.float64) if is_number else self.lr,
         ]
         words += [self.grad_scale, self.found_inf]
         if self.optimizer in (ADAM, AMSGRAD):
@@ -106,8 +109,8 @@ class Call:
         factor = -1.0 if self.maximize else 1.0
         if self.grad_scale is not None:
             factor /= self.grad_scale.item()
-        decay = (self.lr, self.weight_decay, *self.decay)
-        return reference.Form(self.alphas[i], holds_phi, self.rule, *decay, factor)
+        decay = (float(self.lr), self.weight_decay, *self.decay)
+        return reference.Form(float(self.alphas[i]), holds_phi, self.rule, *decay, factor)
 
     def expected(self, i: int) -> list[Tensor]:
         """Weight i and its states after the step, in float64."""
@@ -537,8 +540,8 @@ def test_numbers_on_the_host(monkeypatch):
     expected.found_inf = torch.tensor(0.0, device=DEVICE)
     call = expected.copy()
     expected.run()
-    monkeypatch.setattr(table, "lies_on", lambda tensor, device: False)
-    monkeypatch.setattr(gpu, "lies_on", lambda tensor, device: False)
+    for module in (table, gpu, kept):
+        monkeypatch.setattr(module, "lies_on", lambda tensor, device: False)
     call.run()
     theirs = expected.weights + expected.steps
     for mine, other in zip(call.weights + call.steps, theirs, strict=True):
@@ -548,6 +551,83 @@ def test_numbers_on_the_host(monkeypatch):
     stopped.run()
     for mine, old in zip(stopped.weights + stopped.steps, call.weights + call.steps, strict=True):
         assert same_bits(mine, old)
+
+
+# ---- what changes from step to step
+
+
+@pytest.mark.parametrize("decay", [DECAYS[0], DECAYS[2], DECAYS[3]], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM])
+def test_a_learning_rate_in_a_tensor(optimizer, dtype, decay):
+    """Read by the kernel, whatever was there when the table was made."""
+    lr = torch.zeros((), dtype=dtype, device=DEVICE)
+    call = call_of(optimizer, decay=decay, weight_decay=0.3, shapes=SHAPES[:4], lr=lr)
+    for rate in (0.1, 0.01):
+        lr.fill_(rate)
+        as_number = replace(call.copy(), lr=lr.item())
+        check(call)
+        as_number.run()
+        for mine, other in zip(call.weights, as_number.weights, strict=True):
+            assert same_bits(mine, other)
+
+
+def test_a_learning_rate_on_the_host():
+    call = call_of(SGD, shapes=SHAPES[:2], weight_decay=2.0, decay=("decoupled", "theta"))
+    check(replace(call, lr=torch.tensor([0.125])))
+    for wrong in (torch.tensor(-0.1), torch.tensor(math.inf), torch.tensor(math.nan)):
+        with pytest.raises(RuntimeError, match="lr must be a finite number >= 0"):
+            check_rate_on_the_host(call, wrong)
+    with pytest.raises(RuntimeError, match="1 - lr \\* weight_decay, which must be positive"):
+        check_rate_on_the_host(call, torch.tensor(0.5))
+
+
+def check_rate_on_the_host(call: Call, lr: Tensor) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (table, gpu, kept):
+            patch.setattr(module, "lies_on", lambda tensor, device: False)
+        replace(call, lr=lr).run()
+
+
+def test_steps_by_a_kept_table():
+    """Values change in place, and numbers of the head: each step is that of the call as it is."""
+    tables = []
+    call = call_of(MOMENTUM, shapes=SHAPES[:4], weight_decay=0.3)
+    call.words = [
+        torch.empty(0, dtype=torch.uint8, device=DEVICE) if mask is None else words_of(mask)
+        for mask in call.masks
+    ]
+    call.alphas = [torch.tensor(a, dtype=torch.float64, device=DEVICE) for a in call.alphas]
+    steps = {
+        "first": lambda c: c,
+        "the same again": lambda c: c,
+        "learning rate": lambda c: replace(c, lr=0.03),
+        "decay": lambda c: replace(c, decay=("decoupled", "phi"), weight_decay=0.5),
+        "rule": lambda c: replace(c, rule="chain"),
+        "scale": lambda c: replace(c, grad_scale=torch.tensor(4.0, device=DEVICE)),
+        "no scale": lambda c: replace(c, grad_scale=None, maximize=True),
+    }
+    for change in steps.values():
+        call = change(call)
+        call.alphas[0].add_(0.5)
+        call.grads[0].mul_(-1).add_(1)
+        # A step that cancels next to all of a weight is another test's.
+        call.weights[0].fill_(3.0)
+        call.states[0][0].zero_()
+        with pytest.MonkeyPatch.context() as patch:
+            made = patch.setattr(gpu, "table_for", noted(gpu.table_for, tables)) or tables
+            check(call)
+    assert len({id(each) for each in made}) == 1
+
+
+def noted(function: Any, results: list[Any]) -> Any:
+    """``function``, whose results are kept in a list."""
+
+    def call(*args: Any) -> Any:
+        results.append(function(*args))
+        return results[-1]
+
+    return call
 
 
 # ---- layouts and addresses
@@ -701,9 +781,10 @@ def test_nothing_waits_and_no_value_compiles_again():
     alphas = [torch.full((), 1.7, dtype=torch.float64, device=DEVICE) for _ in call.weights]
     try:
         words = [0.5, "coupled", "theta", "virtual", True, None, call.found_inf]
-        shared = [[], [], alphas, [], 0.03, 0.5, 0.9, 1e-6, *words]
+        lr = torch.tensor(0.03, dtype=torch.float64)
+        shared = [[], [], alphas, [], lr, 0.5, 0.9, 1e-6, *words]
         gpu.adam_step_(call.weights, call.grads, *call.states, [], call.steps, *shared)
-        shared[4] = 0.0
+        shared[4] = torch.zeros((), device=DEVICE)
         gpu.adam_step_(call.weights, call.grads, *call.states, [], call.steps, *shared)
     finally:
         triton.knobs.runtime.jit_post_compile_hook = hook
@@ -720,6 +801,7 @@ def test_more_elements_than_fit_into_32_bits():
     weight = torch.ones(numel, dtype=torch.float16, device=DEVICE)
     words = torch.full(((numel + 7) // 8,), 0b10, dtype=torch.uint8, device=DEVICE)
     alpha = torch.tensor(1.0, dtype=torch.float64)
-    rest = [0.5, 0.0, 0.0, False, 0.0, "coupled", "theta", "virtual", False, None, None]
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    rest = [lr, 0.0, 0.0, False, 0.0, "coupled", "theta", "virtual", False, None, None]
     gpu.sgd_step_([weight], [weight.clone()], [], [], [words], [alpha], [], *rest)
     assert weight[-4099:].tolist() == ([1.0, 0.5] + 6 * [1.0]) * 512 + [1.0, 0.5, 1.0]

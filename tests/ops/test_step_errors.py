@@ -75,6 +75,10 @@ def fails(op: str, changed: dict[str, Any], *parts: str) -> None:
         ({"rule": "paper"}, ("rule must be 'virtual' or 'chain'", "got 'paper'")),
         ({"lr": -0.1}, ("lr must be a finite number >= 0", "got -0.1")),
         ({"lr": math.inf}, ("lr must be a finite number >= 0", "got inf")),
+        ({"lr": torch.tensor(-0.5)}, ("lr must be a finite number >= 0", "got -0.5")),
+        ({"lr": torch.tensor(math.nan)}, ("lr must be a finite number >= 0", "got nan")),
+        ({"lr": torch.ones(2)}, ("lr as a tensor must hold one float32 or float64 number", "(2,)")),
+        ({"lr": torch.ones((), dtype=torch.int64)}, ("lr as a tensor must hold one", "int64")),
         ({"weight_decay": -1.0}, ("weight_decay must be a finite number >= 0", "got -1.0")),
         ({"decay": "none"}, ("decay must be 'coupled' or 'decoupled'", "got 'none'")),
         ({"decay_of": "w"}, ("decay_of must be 'theta' or 'phi'", "got 'w'")),
@@ -92,6 +96,26 @@ def fails(op: str, changed: dict[str, Any], *parts: str) -> None:
 def test_options(op: str, backend: str, changed: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pp.backend(backend):
         fails(op, changed, *parts)
+
+
+@kernels_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_learning_rate_in_a_graph(dtype: torch.dtype) -> None:
+    """What a graph cannot check, the kernel does."""
+
+    def step(weight: Tensor, lr: Tensor) -> None:
+        pp.sgd_step_([weight], [weight], alphas=[1.5], lr=lr, weight_decay=2.0, decay="decoupled")
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    weight = torch.ones(3)
+    compiled(weight, torch.tensor(0.25, dtype=dtype))
+    before = weight.clone()
+    for rate, message in ((-0.5, "lr must be a finite number >= 0"), (0.5, "must be positive")):
+        # After an error in a graph PyTorch leaves the gradient mode as it is there: off.
+        with torch.enable_grad(), pytest.raises(RuntimeError, match=message):
+            compiled(weight, torch.tensor(rate, dtype=dtype))
+    assert torch.equal(weight, before)
+    assert not torch.equal(weight, torch.ones(3))
 
 
 WANTED_ALPHA = "alphas must be a finite number >= 1"

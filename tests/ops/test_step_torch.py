@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -214,6 +215,7 @@ def raw_arguments(op: str, with_more: bool) -> dict[str, Any]:
         "alphas": [torch.tensor(alpha, dtype=torch.float64) for alpha in lists.alphas],
         "holds_phi": [int(holds) for holds in lists.holds_phi] if with_more else [],
         **case.options,
+        "lr": torch.tensor(case.options["lr"], dtype=torch.float64),
         "grad_scale": one,
         "found_inf": None if one is None else torch.zeros(()),
     }
@@ -255,16 +257,31 @@ def test_compile_without_recompiling_for_another_exponent(op: str) -> None:
     assert counter.frame_count == 0, f"compiled again, {counter.frame_count} times"
 
 
-@pytest.mark.parametrize("is_tensor", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, None], ids=str)
 @each_op
-def test_compile_with_another_learning_rate(op: str, is_tensor: bool) -> None:
-    # Compiled again for each: PyTorch takes numbers that go into an op for constants.
+def test_compile_with_another_learning_rate(op: str, dtype: torch.dtype | None) -> None:
+    """A tensor compiles once. A number (None) is right too, but a constant to PyTorch."""
     case = OPS[op]
-    compiled, _ = compiled_step(case)
-    for lr in (0.1, 0.2, 0.05):
+    compiled, counter = compiled_step(case)
+    alpha = torch.tensor(1.5, dtype=torch.float64)
+    for call, rate in enumerate((0.1, 0.2, 0.05, 0.0)):
+        lr = rate if dtype is None else torch.tensor(rate, dtype=dtype)
         lists = step_lists(case, torch.float32, 33, [1.5])
         expected = lists.clone()
-        alpha = torch.tensor(1.5, dtype=torch.float64)
-        compiled(lists, alpha, torch.tensor(lr, dtype=torch.float64) if is_tensor else lr)
-        take_step(case, expected, lr=lr)
+        compiled(lists, alpha, lr)
+        take_step(case, expected, lr=float(lr))
         assert_equal(lists, expected)
+        if call == 0:
+            counter.frame_count = 0
+    assert dtype is None or counter.frame_count == 0, f"compiled again, {counter.frame_count} times"
+
+
+@each_op
+def test_a_learning_rate_in_a_tensor_counts_as_it_is_at_the_step(op: str) -> None:
+    case = OPS[op]
+    before = step_lists(case, torch.float32, 99)
+    for dtype, shape in itertools.product((torch.float32, torch.float64), ((), (1,))):
+        lr = torch.zeros(shape, dtype=dtype)
+        for rate in (0.1, 0.02, 0.0):
+            lr.fill_(rate)
+            assert_equal(stepped(case, before, lr=lr), stepped(case, before, lr=lr.item()))

@@ -250,8 +250,8 @@ def _launch_product(
     is_split = splits > 1
     parts = out.new_empty(splits, batch, rows, dtype=torch.float32) if is_split else out
     # Strides of the weight and of its bits along the product's rows and what is contracted.
-    order = slice(None, None, -1 if is_across else 1)
-    weight_strides, bit_strides = weight.stride()[order], (weight.shape[1], 1)[order]
+    strides: list[tuple[int, ...]] = [weight.stride(), (weight.shape[1], 1)]
+    weight_strides, bit_strides = (pair[::-1] if is_across else pair for pair in strides)
     product_kernel[grid[0], grid[1], splits](
         x,
         weight,

@@ -26,7 +26,9 @@ PREPARED = 32
 
 HEAD_SIZE = tl.constexpr(HEAD_WORDS)
 IN_HEAD_LR = tl.constexpr(HEAD.index("lr"))
-IN_HEAD_KEPT = tl.constexpr(HEAD.index("kept"))
+IN_HEAD_LR_SINGLE = tl.constexpr(HEAD.index("lr_single"))
+IN_HEAD_LR_DOUBLE = tl.constexpr(HEAD.index("lr_double"))
+IN_HEAD_DECOUPLED_RATE = tl.constexpr(HEAD.index("decoupled_rate"))
 IN_HEAD_DECAY_RATE = tl.constexpr(HEAD.index("decay_rate"))
 IN_HEAD_GRAD_FACTOR = tl.constexpr(HEAD.index("grad_factor"))
 IN_HEAD_MOMENTUM = tl.constexpr(HEAD.index("momentum"))
@@ -85,11 +87,19 @@ def constant(own, rows, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _single_at(word, none):
-    """The float32 whose address the word is, as float64; ``none`` where there is no address."""
+def _number_at(word, none, TYPE: tl.constexpr):
+    """The TYPE whose address the word is, as float64; ``none`` where there is no address."""
     address = tl.load(word)
-    pointer = address.to(tl.pointer_type(tl.float32))
-    return tl.load(pointer, mask=address != 0, other=none).to(tl.float64)
+    number = tl.load(address.to(tl.pointer_type(TYPE)), mask=address != 0, other=0.0)
+    return tl.where(address != 0, number.to(tl.float64), none)
+
+
+@triton.jit
+def _learning_rate(table):
+    """lr: the head's own number, or what stands where the head says."""
+    own = number_in(table + IN_HEAD_LR)
+    single = _number_at(table + IN_HEAD_LR_SINGLE, own, tl.float32)
+    return _number_at(table + IN_HEAD_LR_DOUBLE, single, tl.float64)
 
 
 @triton.jit
@@ -165,15 +175,16 @@ def prepare_kernel(
     holds_phi = (flags & HOLDS_PHI_FLAG) != 0
 
     everywhere = tl.full(alpha.shape, 1.0, tl.float64)
-    goes = everywhere * _single_at(table + IN_HEAD_FOUND_INF, 0.0) == 0.0
-    scale = _single_at(table + IN_HEAD_GRAD_SCALE, 1.0)
-    lr = everywhere * number_in(table + IN_HEAD_LR)
+    goes = everywhere * _number_at(table + IN_HEAD_FOUND_INF, 0.0, tl.float32) == 0.0
+    scale = _number_at(table + IN_HEAD_GRAD_SCALE, 1.0, tl.float32)
+    lr = everywhere * _learning_rate(table)
+    # What decoupled decay leaves.
+    kept = 1.0 - lr * number_in(table + IN_HEAD_DECOUPLED_RATE)
     if ADAM:
         words = tl.load(columns + COLUMN_STEP * rows, mask=inside, other=0)
         lr = _put_counted(constants, table, words, flags, lr, goes, rows, lanes)
 
     # What a decay of θ is to φ, and the other way round, differs by the exponent.
-    kept = everywhere * number_in(table + IN_HEAD_KEPT)
     decay_rate = everywhere * number_in(table + IN_HEAD_DECAY_RATE)
     is_plain = holds_phi | (alpha == 1.0)
     if DECAY_OF_PHI:

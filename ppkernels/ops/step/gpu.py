@@ -71,6 +71,7 @@ from ppkernels.ops.step.constants import (
     number_in,
     prepare_kernel,
 )
+from ppkernels.ops.step.kept import table_for
 from ppkernels.ops.step.table import (
     Lists,
     Table,
@@ -79,7 +80,6 @@ from ppkernels.ops.step.table import (
     check_number,
     count_steps,
     lies_on,
-    table_of,
 )
 
 _WARPS = 4
@@ -449,7 +449,7 @@ def sgd_step_(
     masks: Tensors,
     alphas: Tensors,
     holds_phi: Sequence[int],
-    lr: float,
+    lr: Tensor,
     momentum: float,
     dampening: float,
     nesterov: bool,
@@ -459,8 +459,8 @@ def sgd_step_(
     op = "sgd_step_"
     states = {"momentum_buffers": momentum_buffers} if momentum_buffers else {}
     lists = Lists(op, weights, grads, states, masters, masks, alphas, holds_phi)
-    options = {"lr": lr, "momentum": momentum, "undamped": 1 - dampening}
-    _step(lists, options, *words, ADAM=False, NESTEROV=bool(nesterov))
+    options = {"momentum": momentum, "undamped": 1 - dampening}
+    _step(lists, options, lr, *words, ADAM=False, NESTEROV=bool(nesterov))
 
 
 def adam_step_(
@@ -474,7 +474,7 @@ def adam_step_(
     masks: Tensors,
     alphas: Tensors,
     holds_phi: Sequence[int],
-    lr: float,
+    lr: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -490,52 +490,83 @@ def adam_step_(
     if max_exp_avg_sqs:
         states["max_exp_avg_sqs"] = max_exp_avg_sqs
     lists = Lists(op, weights, grads, states, masters, masks, alphas, holds_phi, steps)
-    options = {"lr": lr, "rest1": 1 - beta1, "beta2": beta2, "rest2": 1 - beta2, "eps": eps}
+    options = {"rest1": 1 - beta1, "beta2": beta2, "rest2": 1 - beta2, "eps": eps}
     options["beta1_halvings"] = -math.log2(beta1) if beta1 > 0 else math.inf
     options["beta2_halvings"] = -math.log2(beta2) if beta2 > 0 else math.inf
-    _step(lists, options, *words, ADAM=True, NESTEROV=False)
+    _step(lists, options, lr, *words, ADAM=True, NESTEROV=False)
 
 
 def _step(
     lists: Lists,
     options: dict[str, float],
+    lr: Tensor,
     weight_decay: float,
     decay: str,
     decay_of: str,
     rule: str,
     maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    *scaling: Tensor | None,
     **variant: bool,
 ) -> None:
     if not lists.weights:
         return
-    device = lists.weights[0].device
-    table = table_of(lists)
-    for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if number is not None:
-            check_number(lists.op, name, number, device)
-    if found_inf is not None and _is_asked_here(found_inf, lists, device):
-        if found_inf.item() != 0:
-            return
-        found_inf = None
-    is_decoupled = decay == "decoupled"
-    options["kept"] = 1 - options["lr"] * weight_decay if is_decoupled else 1.0
-    options["decay_rate"] = 0.0 if is_decoupled else weight_decay
+    options["decoupled_rate"] = weight_decay if decay == "decoupled" else 0.0
+    options["decay_rate"] = 0.0 if decay == "decoupled" else weight_decay
     options["grad_factor"] = -1.0 if maximize else 1.0
-    if grad_scale is not None and not lies_on(grad_scale, device):
-        options["grad_factor"] /= grad_scale.item()
-        grad_scale = None
-    head = {name: bits(value) for name, value in options.items()}
-    head["grad_scale"] = 0 if grad_scale is None else grad_scale.data_ptr()
-    head["found_inf"] = 0 if found_inf is None else found_inf.data_ptr()
-    if variant["ADAM"]:
-        count_steps(lists, table)
     variant |= {"CHAIN": rule == "chain", "DECAY_OF_PHI": decay_of == "phi"}
     # A kernel goes to the current device, which need not be that of the tensors.
     with torch.cuda.device_of(lists.weights[0]):
-        _launch(table, table.on_device(head, device), len(lists.states), **variant)
-    table.write_back()
+        table = table_for(lists)
+        head = _head(lists, options, lr, *scaling)
+        if head is None:
+            return
+        if variant["ADAM"]:
+            count_steps(lists, table)
+        _launch(table, table.on_device(head, lists), len(lists.states), **variant)
+        table.write_back()
+
+
+def _head(
+    lists: Lists,
+    options: dict[str, float],
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> dict[str, int] | None:
+    """The words of the table's head; None where an overflow is known to the host."""
+    device = lists.weights[0].device
+    check_number(lists.op, "lr", lr, device, torch.float64)
+    for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if number is not None:
+            check_number(lists.op, name, number, device)
+    addresses = {}
+    if lies_on(lr, device):
+        addresses["lr_double" if lr.dtype == torch.float64 else "lr_single"] = lr.data_ptr()
+    else:
+        options["lr"] = _rate(lists.op, lr, options["decoupled_rate"])
+    if found_inf is not None and _is_asked_here(found_inf, lists, device):
+        if found_inf.item() != 0:
+            return None
+    elif found_inf is not None:
+        addresses["found_inf"] = found_inf.data_ptr()
+    if grad_scale is not None and lies_on(grad_scale, device):
+        addresses["grad_scale"] = grad_scale.data_ptr()
+    elif grad_scale is not None:
+        options["grad_factor"] /= grad_scale.item()
+    return addresses | {name: bits(value) for name, value in options.items()}
+
+
+def _rate(op: str, lr: Tensor, decoupled_rate: float) -> float:
+    """The value of a learning rate on the CPU, checked as the compiled kernels check it."""
+    rate = lr.item()
+    if not 0 <= rate < math.inf:
+        raise RuntimeError(f"{op}: lr must be a finite number >= 0, got {rate}")
+    if not rate * decoupled_rate < 1:
+        raise RuntimeError(
+            f"{op}: decoupled decay multiplies weights by 1 - lr * weight_decay, which must be "
+            f"positive; got lr {rate} and weight_decay {decoupled_rate}"
+        )
+    return rate
 
 
 def _is_asked_here(found_inf: Tensor, lists: Lists, device: torch.device) -> bool:

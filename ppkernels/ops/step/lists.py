@@ -75,13 +75,13 @@ def _check_state(op: str, name: str, state: Tensor, weight: Tensor) -> None:
 def _form(
     alpha: Tensor,
     holds_phi: int,
-    lr: float,
+    lr: Tensor,
     words: tuple[Any, ...],
 ) -> reference.Form:
     weight_decay, decay, decay_of, rule, maximize, grad_scale, _ = words
     factor = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
     return reference.Form(
-        float(alpha), bool(holds_phi), rule, lr, weight_decay, decay, decay_of, factor
+        float(alpha), bool(holds_phi), rule, float(lr), weight_decay, decay, decay_of, factor
     )
 
 
@@ -118,7 +118,7 @@ def sgd_step_(
     masks: list[Tensor],
     alphas: list[Tensor],
     holds_phi: list[int],
-    lr: float,
+    lr: Tensor,
     momentum: float,
     dampening: float,
     nesterov: bool,
@@ -152,7 +152,7 @@ def adam_step_(
     masks: list[Tensor],
     alphas: list[Tensor],
     holds_phi: list[int],
-    lr: float,
+    lr: Tensor,
     beta1: float,
     beta2: float,
     eps: float,

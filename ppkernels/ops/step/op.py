@@ -32,7 +32,7 @@ def sgd_step_(
     masks: Tensors = (),
     alphas: Sequence[float | Tensor],
     holds_phi: Sequence[bool | int] = (),
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
@@ -69,9 +69,13 @@ def sgd_step_(
             the bit is 0, weight, master and state keep their bits.
         alphas: α ≥ 1 of each weight; 1 for plain ones.
         holds_phi: which weights hold φ; none by default.
-        lr, momentum, dampening, nesterov: as in torch.optim.SGD; but a buffer of zeros is averaged
-            like any other, where torch takes the first gradient whole. Under torch.compile another
-            number compiles again, a rate in a tensor included.
+        lr: η ≥ 0, a number, or a tensor of one, float32 or float64, on the CPU or on the weights'
+            device. A tensor's value is read at the step: by the kernel where it lies on a GPU, so
+            that a CUDA graph sees it change (and nothing checks it there). torch.compile takes
+            numbers for constants: another one, as another ``momentum`` and the like, compiles
+            again, another value in the tensor does not.
+        momentum, dampening, nesterov: as in torch.optim.SGD; but a buffer of zeros is averaged like
+            any other, where torch takes the first gradient whole.
         weight_decay, decay, decay_of: λ ≥ 0, ``"coupled"`` or ``"decoupled"``, ``"theta"`` or
             ``"phi"``.
         rule: ``"virtual"`` or ``"chain"``, for the weights that hold θ.
@@ -93,7 +97,7 @@ def sgd_step_(
     if momentum and not momentum_buffers and len(weights):
         raise ValueError(f"sgd_step_: momentum {momentum} needs momentum_buffers, got none")
     forms = _forms("sgd_step_", weights, masters, masks, alphas, holds_phi)
-    options = (float(lr), float(momentum), float(dampening), nesterov, float(weight_decay))
+    options = (_rate_tensor(lr), float(momentum), float(dampening), nesterov, float(weight_decay))
     words = (decay, decay_of, rule, maximize, grad_scale, found_inf)
     step: Any = lists.sgd_step_ if _backend.uses_reference() else torch.ops.ppkernels.sgd_step_
     with torch.no_grad():
@@ -113,7 +117,7 @@ def adam_step_(
     masks: Tensors = (),
     alphas: Sequence[float | Tensor],
     holds_phi: Sequence[bool | int] = (),
-    lr: float,
+    lr: float | Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
@@ -141,8 +145,8 @@ def adam_step_(
             overwritten.
         max_exp_avg_sqs: the largest v so far, which takes the place of v in u: AMSGrad. Empty: not.
         steps: t of each weight, a float32 tensor of one number; counted up first.
-        lr, beta1, beta2, eps: as in torch.optim.AdamW.
-        weight_decay, decay, decay_of, rule, maximize, grad_scale, found_inf: as in `sgd_step_`.
+        beta1, beta2, eps: as in torch.optim.AdamW.
+        lr, weight_decay, decay, decay_of, rule, maximize, grad_scale, found_inf: as in `sgd_step_`.
 
     Exactness and errors: as `sgd_step_`.
 
@@ -155,7 +159,7 @@ def adam_step_(
             raise ValueError(f"adam_step_: {name} must be a number >= 0 and < 1, got {beta}")
     forms = _forms("adam_step_", weights, masters, masks, alphas, holds_phi)
     states = (list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(steps))
-    options = (float(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
+    options = (_rate_tensor(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
     words = (decay, decay_of, rule, maximize, grad_scale, found_inf)
     step: Any = lists.adam_step_ if _backend.uses_reference() else torch.ops.ppkernels.adam_step_
     with torch.no_grad():
@@ -180,10 +184,18 @@ def _forms(
     return list(masters), list(masks), exponents, list(map(int, holds_phi))
 
 
+def _rate_tensor(lr: float | Tensor) -> Tensor:
+    """A learning rate as the ops take it; the tensor is checked by the kernel."""
+    # The device is named because `with torch.device("meta")` would lose the value.
+    return (
+        lr if isinstance(lr, Tensor) else torch.scalar_tensor(lr, dtype=torch.float64, device="cpu")
+    )
+
+
 def _check_options(
     op: str,
     weight_decay: float,
-    lr: float,
+    lr: float | Tensor,
     decay: str,
     decay_of: str,
     rule: str,
@@ -192,16 +204,30 @@ def _check_options(
     check_word(op, "rule", rule, "virtual", "chain")
     check_word(op, "decay", decay, "coupled", "decoupled")
     check_word(op, "decay_of", decay_of, "theta", "phi")
-    for name, number in {"lr": lr, "weight_decay": weight_decay, **more}.items():
-        # A graph cannot branch on a tensor; written so that NaN fails.
-        is_traced = torch.compiler.is_compiling() and isinstance(number, Tensor)
-        if not is_traced and not 0 <= number < math.inf:
+    rate = _known_rate(op, lr)
+    for name, number in {"lr": rate, "weight_decay": weight_decay, **more}.items():
+        # Written so that NaN fails.
+        if not 0 <= number < math.inf:
             raise ValueError(f"{op}: {name} must be a finite number >= 0, got {number}")
-    if decay == "decoupled" and not lr * weight_decay < 1:
+    if decay == "decoupled" and not rate * weight_decay < 1:
         raise ValueError(
             f"{op}: decoupled decay multiplies weights by 1 - lr * weight_decay, which must be "
-            f"positive; got lr {lr} and weight_decay {weight_decay}"
+            f"positive; got lr {rate} and weight_decay {weight_decay}"
         )
+
+
+def _known_rate(op: str, lr: float | Tensor) -> float:
+    """The learning rate, or 0 where asking for it would wait for a GPU or break a graph."""
+    if not isinstance(lr, Tensor):
+        return lr
+    if lr.dtype not in (torch.float32, torch.float64) or lr.numel() != 1:
+        raise TypeError(
+            f"{op}: lr as a tensor must hold one float32 or float64 number, got "
+            f"{tuple(lr.shape)} {lr.dtype}"
+        )
+    if lr.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0.0
+    return lr.item()
 
 
 def _written(found_inf: Tensor | None, *written: Tensors) -> None:
@@ -218,7 +244,7 @@ def _written(found_inf: Tensor | None, *written: Tensors) -> None:
 # ---- schemas, and the kernels of every device but the CPU
 
 _FORM = (
-    "Tensor(m!)[] masters, Tensor[] masks, Tensor[] alphas, int[] holds_phi, float lr, {own}, "
+    "Tensor(m!)[] masters, Tensor[] masks, Tensor[] alphas, int[] holds_phi, Tensor lr, {own}, "
     "float weight_decay, str decay, str decay_of, str rule, bool maximize, Tensor? grad_scale, "
     "Tensor? found_inf"
 )

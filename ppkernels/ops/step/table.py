@@ -10,25 +10,30 @@ from __future__ import annotations
 
 import math
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from ppkernels._checks import check_floating
 from ppkernels.ops._layout import arranged_words, is_dense, same_layout
+=======
+from ppkernels._checks import check_floating, is_captured
+from ppkernels.ops._layout import is_dense, same_layout
+>>>>>>> main
 
 HEAD = (
-    # Numbers; which of them mean something depends on the optimizer. `kept` is 1 − ηλ for decoupled
-    # decay and 1 for coupled; `decay_rate` is λ for coupled decay and 0 for decoupled; a `halvings`
-    # is −log₂β.
-    *("lr", "kept", "decay_rate", "grad_factor", "momentum", "undamped"),
+    # Numbers; which of them mean something depends on the optimizer. `decoupled_rate` is λ for
+    # decoupled decay and 0 for coupled, `decay_rate` the other way round; a `halvings` is −log₂β.
+    *("lr", "decoupled_rate", "decay_rate", "grad_factor", "momentum", "undamped"),
     *("rest1", "beta2", "rest2", "eps", "beta1_halvings", "beta2_halvings"),
-    # Addresses of one float32, or 0.
-    *("grad_scale", "found_inf"),
+    # Addresses of one number, or 0; lr is then what stands there, as a float32 or as a float64.
+    *("grad_scale", "found_inf", "lr_single", "lr_double"),
 )
-# So many words, of which the last are not used, that the columns start at a cache line.
+# The columns start at a cache line.
 HEAD_WORDS = 16
 
 COLUMNS = (
@@ -121,22 +126,29 @@ class Table:
         groups: all of them, in order.
         in_use: copies that have to live until the kernels are launched.
         written: tensors with gaps, each with the copy that is stepped in its place.
+        memory: the table on the device, once it is there; ``head`` is what its head holds.
     """
 
     rows: list[Row] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     in_use: list[Tensor] = field(default_factory=list)
     written: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    memory: Tensor | None = None
+    head: list[int] = field(default_factory=list)
 
-    def on_device(self, head: dict[str, int], device: torch.device) -> Tensor:
-        """The table, int64 [HEAD_WORDS + len(COLUMNS)·rows]; nothing waits for the device."""
+    def on_device(self, head: dict[str, int], lists: Lists) -> Tensor:
+        """The table on the device of ``lists``, which it was made of: int64 [HEAD_WORDS +
+        len(COLUMNS)·rows]. What is there already is not brought again; nothing waits.
+        """
         words = [head.get(name, 0) for name in HEAD]
-        words += [0] * (HEAD_WORDS - len(HEAD))
-        for column in COLUMNS:
-            words += [row.words[column] for row in self.rows]
-        # From memory that is not pinned, the copy would wait for the device.
-        host = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=device.type != "cpu")
-        return host.to(device, non_blocking=True)
+        if self.memory is None:
+            columns = [row.words[column] for column in COLUMNS for row in self.rows]
+            host = _host_words(words + columns, lists)
+            self.memory = host.to(lists.weights[0].device, non_blocking=True)
+        elif words != self.head:
+            self.memory[:HEAD_WORDS].copy_(_host_words(words, lists), non_blocking=True)
+        self.head = words
+        return self.memory
 
     def write_back(self) -> None:
         """Brings what was stepped in copies home, once the kernels are launched."""
@@ -144,8 +156,26 @@ class Table:
             home.copy_(copy)
 
 
+def _host_words(words: list[int], lists: Lists) -> Tensor:
+    """``words`` where the device of ``lists`` can copy them from without a stop."""
+    weight = lists.weights[0]
+    is_gpu = weight.device.type != "cpu"
+    # From memory that is not pinned, the copy would wait for the device.
+    host = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=is_gpu)
+    if is_captured(weight.device):
+        # A CUDA graph copies from the host's memory at every replay, and follows the table to
+        # exponents and masks, which layers may exchange. It can be replayed while its weights live.
+        kept = (host, lists.masks, lists.alphas)
+        weakref.finalize(weight, _let_go, kept).atexit = False
+    return host
+
+
+def _let_go(kept: object) -> None:
+    """The end of what `_host_words` kept: it was held by this call to come."""
+
+
 def table_of(lists: Lists) -> Table:
-    """The rows of a call, but for Adam's counts (`count_steps`); the lists are checked."""
+    """The rows of a call, but for counts on the CPU (`count_steps`); the lists are checked."""
     lists.check_lengths()
     table = Table()
     for i in range(len(lists.weights)):
@@ -159,12 +189,12 @@ def table_of(lists: Lists) -> Table:
 
 
 def count_steps(lists: Lists, table: Table) -> None:
-    """Fills the column ``step``. Counts on the CPU go up here, the others in the kernel."""
+    """Counts Adam's steps on the CPU up, and fills their entries; the others are the kernel's."""
+    if table.memory is not None:
+        return  # made with all of them on the device
     for row in table.rows:
         step = lists.steps[row.place]
-        if lies_on(step, lists.weights[0].device):
-            row.words["step"] = step.data_ptr()
-        else:
+        if not lies_on(step, lists.weights[0].device):
             step += 1
             row.words["step"] = bits(step.item())
             row.words["flags"] |= STEP_IS_NUMBER
@@ -209,14 +239,22 @@ def _row(lists: Lists, i: int, table: Table) -> Row:
         state_dtype = torch.float32
         words["master"] = memory_of(lists.masters[i])
     if lists.masks and lists.masks[i].numel() != 0:
+<<<<<<< HEAD
         arranged = arranged_words(lists.op, lists.masks[i], layout)
         table.in_use.append(arranged)
+=======
+        arranged = _arranged_words(lists.op, lists.masks[i], layout)
+        if arranged is not lists.masks[i]:
+            table.in_use.append(arranged)
+>>>>>>> main
         words["mask"] = arranged.data_ptr()
     words["numel"] = weight.numel()
     words["flags"] = HOLDS_PHI if lists.holds_phi and lists.holds_phi[i] else 0
     _set_alpha(lists, lists.alphas[i], weight.device, words)
     if "exp_avgs" in lists.states:
-        check_number(lists.op, "steps", lists.steps[i], weight.device)
+        step = lists.steps[i]
+        check_number(lists.op, "steps", step, weight.device)
+        words["step"] = step.data_ptr() if lies_on(step, weight.device) else 0
     addresses = [words[name] for name in ("weight", "grad", "master", "state0", "state1", "state2")]
     is_aligned = all(address % 16 == 0 for address in addresses)
     return Row((weight.dtype, state_dtype, is_aligned, words["master"] != 0), i, words)
@@ -285,11 +323,15 @@ def _check_master(
         )
 
 
-def check_number(op: str, name: str, number: Tensor, device: torch.device) -> None:
-    """``number`` is one float32 on ``device`` or on the CPU."""
+def check_number(
+    op: str, name: str, number: Tensor, device: torch.device, *or_as: torch.dtype
+) -> None:
+    """``number`` is one float32, or of a dtype in ``or_as``, on ``device`` or on the CPU."""
+    dtypes = (torch.float32, *or_as)
     is_near = number.device in (device, torch.device("cpu"))
-    if not is_near or number.dtype != torch.float32 or number.numel() != 1:
+    if not is_near or number.dtype not in dtypes or number.numel() != 1:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise RuntimeError(
-            f"{op}: {name} must hold one float32 number on {device} or on the CPU, "
+            f"{op}: {name} must hold one {kinds} number on {device} or on the CPU, "
             f"got {_described(number)}"
         )
