@@ -17,13 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from ppkernels._checks import check_floating
-from ppkernels.ops._layout import arranged_words, is_dense, same_layout
-=======
 from ppkernels._checks import check_floating, is_captured
-from ppkernels.ops._layout import is_dense, same_layout
->>>>>>> main
+from ppkernels.ops._layout import arranged_words, is_dense, same_layout
 
 HEAD = (
     # Numbers; which of them mean something depends on the optimizer. `decoupled_rate` is λ for
@@ -239,14 +234,9 @@ def _row(lists: Lists, i: int, table: Table) -> Row:
         state_dtype = torch.float32
         words["master"] = memory_of(lists.masters[i])
     if lists.masks and lists.masks[i].numel() != 0:
-<<<<<<< HEAD
         arranged = arranged_words(lists.op, lists.masks[i], layout)
-        table.in_use.append(arranged)
-=======
-        arranged = _arranged_words(lists.op, lists.masks[i], layout)
         if arranged is not lists.masks[i]:
             table.in_use.append(arranged)
->>>>>>> main
         words["mask"] = arranged.data_ptr()
     words["numel"] = weight.numel()
     words["flags"] = HOLDS_PHI if lists.holds_phi and lists.holds_phi[i] else 0
