@@ -1,7 +1,7 @@
 """The rows of masks of one bit an entry, against masks of a byte an entry in plain torch.
 
-All are exact, and have no samples in `ppkernels.testing`: what says that they are right is that at
-full size every value is that of plain torch.
+The ops on masks alone are exact, and have no samples in `ppkernels.testing`: what says that they
+are right is that at full size every value is that of plain torch.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ def mask_inputs(dtype: torch.dtype) -> Callable[[int, torch.device], MaskInputs]
 
 
 def mask_rows() -> list[Row]:
-    """Each op on masks; and `apply_mask` in bfloat16 as well."""
+    """Each op on masks, `apply_mask` in bfloat16 as well; and `power` under a mask."""
     reference = pp.reference
     return [
         _apply_row(torch.float32),
         _apply_row(torch.bfloat16),
+        _power_row(alpha=1.5),
         _row(
             "pack_bits",
             ours=bound(pp.pack_bits, "mask"),
@@ -89,6 +90,38 @@ def _apply_row(dtype: torch.dtype) -> Row:
         streams=("read weight", "read words", "write the result"),
         bytes_an_element=2 * dtype.itemsize + BIT,
         dtype=dtype,
+        roof="torch.clone",
+    )
+
+
+def _power_row(alpha: float) -> Row:
+    """θ under a mask, in new memory, as a layer that stores φ computes it."""
+
+    def eager(weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight * weight.abs().pow(alpha - 1), 0.0)
+
+    def masked(weight: Tensor, words: Tensor) -> Tensor:
+        return pp.power(weight, alpha, words=words)
+
+    def two_passes(weight: Tensor, words: Tensor) -> Tensor:
+        return pp.apply_mask(pp.power(weight, alpha), words)
+
+    return Row(
+        name=f"power/memory/float32/alpha={alpha:g}/masked",
+        suite="power",
+        ops=("power",),
+        inputs=mask_inputs(torch.float32),
+        ours=bound(masked, "weight", "words"),
+        rivals={
+            "torch.clone": bound(torch.clone, "weight"),
+            "power, apply_mask": bound(two_passes, "weight", "words"),
+            "eager": bound(eager, "weight", "mask"),
+            "compiled": compiled(eager, "weight", "mask"),
+        },
+        size=IN_MEMORY,
+        quick_size=QUICK,
+        streams=("read weight", "read words", "write theta"),
+        bytes_an_element=2 * torch.float32.itemsize + BIT,
         roof="torch.clone",
     )
 

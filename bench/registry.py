@@ -17,6 +17,7 @@ import ppkernels as pp
 from bench.contenders import IN_CACHE, IN_MEMORY, QUICK, bound, compiled, seeded
 from bench.layers import layer_rows
 from bench.masks import mask_rows
+from bench.products import product_rows
 from bench.row import CPU, GPU, Bar, Build, Row, dtype_name
 from bench.training import training_rows
 from bench.update import update_rows
@@ -267,6 +268,7 @@ ROWS: tuple[Row, ...] = (
     *allocating_rows(torch.float32),
     *allocating_rows(HALF, GPU),
     *mask_rows(),
+    *product_rows(),
     *layer_rows(),
     *training_rows(),
     *update_rows(),

@@ -86,6 +86,45 @@ def alpha_tensor(
     return alpha
 
 
+def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """``tensor`` is a dense torch.Tensor of one dtype."""
+    wanted = str(dtype).removeprefix("torch.")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a {wanted} tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        came = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be a {wanted} tensor, got {came}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor, got "
+            + ("a nested one" if tensor.is_nested else f"layout {tensor.layout}")
+        )
+
+
+def check_words(op: str, words: Tensor, entries: int | None = None) -> None:
+    """``words`` has the form of a mask's words, and the size for ``entries`` if that is given."""
+    check_tensor(op, "words", words, torch.uint8)
+    if words.dim() != 1 or not words.is_contiguous():
+        raise ValueError(
+            f"{op}: words must be a contiguous 1-dim tensor, got shape {tuple(words.shape)}, "
+            f"strides {words.stride()}"
+        )
+    if entries is not None and words.numel() != (entries + 7) // 8:
+        raise ValueError(
+            f"{op}: words must have one bit for each of {entries} entries, that is "
+            f"{(entries + 7) // 8} bytes, got {words.numel()}"
+        )
+
+
+def check_words_for(op: str, words: Tensor, weight: Tensor) -> None:
+    """``words`` are those of a mask of ``weight``'s shape, on its device."""
+    check_words(op, words, weight.numel())
+    if words.device != weight.device:
+        raise ValueError(
+            f"{op}: words must be on the device of weight, {weight.device}, got {words.device}"
+        )
+
+
 def check_word(op: str, name: str, word: str, first: str, second: str) -> None:
     """``word`` is one of two."""
     if word not in (first, second):

@@ -2,5 +2,6 @@
 
 from ppkernels.ops.bitmask import ApplyMask
 from ppkernels.ops.power import Power
+from ppkernels.ops.power_linear import PowerLinear
 
-__all__ = ["ApplyMask", "Power"]
+__all__ = ["ApplyMask", "Power", "PowerLinear"]

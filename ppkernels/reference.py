@@ -8,6 +8,11 @@ from ppkernels.ops.power.reference import (
     power_double_backward,
     rebase,
 )
+from ppkernels.ops.power_linear.reference import (
+    power_linear,
+    power_linear_grad_input,
+    power_linear_grad_weight,
+)
 
 __all__ = [
     "apply_mask",
@@ -17,6 +22,9 @@ __all__ = [
     "power",
     "power_backward",
     "power_double_backward",
+    "power_linear",
+    "power_linear_grad_input",
+    "power_linear_grad_weight",
     "rebase",
     "unpack_bits",
 ]

@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mpmath  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
 from ppkernels import ops, reference
-from ppkernels.testing_steps import check_steps
+from ppkernels.testing_steps import TUNED_FOR, check_steps
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -87,6 +87,7 @@ class Sample:
         exponents: the numbers that follow them.
         exact: the exact result, of the result's shape: float64 and remainder, on the CPU.
         plain_error: what plain PyTorch errs there, in ULP; see `plain_errors`.
+        words: those of the mask that it is called with, or None.
     """
 
     name: str
@@ -94,6 +95,12 @@ class Sample:
     exponents: tuple[float, ...]
     exact: Exact
     plain_error: Tensor
+    words: Tensor | None = None
+
+    @property
+    def options(self) -> dict[str, Tensor]:
+        """The keyword arguments of the call."""
+        return {} if self.words is None else {"words": self.words}
 
 
 @dataclass(frozen=True)
@@ -101,13 +108,15 @@ class Op:
     """One row of `SAMPLES`.
 
     Attributes:
-        call: the public function, called as ``call(*inputs, *exponents)``.
+        call: the public function, called as ``call(*inputs, *exponents)``, with a mask
+            ``call(*inputs, *exponents, words=words)``.
         reference: its specification in pure PyTorch, called in the same way.
         samples: ``samples(dtype, device)`` yields the calls to be checked.
         exponents: the numbers that the samples go through.
         gradients: for each tensor input, the op that is its gradient, called with the incoming
             gradient first; empty for an op that is not differentiable.
         has_out: whether ``call`` takes ``out=``.
+        has_mask: whether it takes ``words=``.
     """
 
     call: Callable[..., Tensor]
@@ -116,6 +125,7 @@ class Op:
     exponents: tuple[tuple[float, ...], ...]
     gradients: tuple[str, ...] = ()
     has_out: bool = False
+    has_mask: bool = False
 
 
 # ---- values
@@ -232,8 +242,18 @@ def _table(
     return exact, plain_errors(SAMPLES[name].reference(*columns, *exponents), exact)
 
 
+def _masked(sample: Sample) -> Sample:
+    """``sample`` under a mask."""
+    shape = sample.plain_error.shape
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    *exact, error = (torch.where(mask, part, 0.0) for part in (*sample.exact, sample.plain_error))
+    words = ops.pack_bits(mask.to(sample.inputs[-1].device))
+    name = f"{sample.name}, masked"
+    return replace(sample, name=name, exact=(exact[0], exact[1]), plain_error=error, words=words)
+
+
 def _elementwise_samples(
-    name: str, inputs: int, exponents: tuple[tuple[float, ...], ...]
+    name: str, inputs: int, exponents: tuple[tuple[float, ...], ...], has_mask: bool
 ) -> Callable[[torch.dtype, str], Iterator[Sample]]:
     """Samples of an op whose result at an element depends on that element of its inputs alone."""
 
@@ -246,10 +266,14 @@ def _elementwise_samples(
                 arranged = [layout.arrange(column[rows.to(device)]) for column in columns]
                 rows = layout.arrange(rows)
                 expected = ((value[rows], remainder[rows]), error[rows])
-                yield Sample(layout.name, tuple(arranged), numbers, *expected)
+                found = [Sample(layout.name, tuple(arranged), numbers, *expected)]
                 if inputs > 1 and not arranged[-1].is_contiguous():
                     arranged[:-1] = [gradient.contiguous() for gradient in arranged[:-1]]
-                    yield Sample(f"{layout.name} weight", tuple(arranged), numbers, *expected)
+                    found += [Sample(f"{layout.name} weight", tuple(arranged), numbers, *expected)]
+                yield from found
+                # Masks cost as much again, so only every third exponent has them.
+                if has_mask and position % 3 == 2:
+                    yield from map(_masked, found)
 
     return samples
 
@@ -260,10 +284,11 @@ def _elementwise(
     exponents: tuple[tuple[float, ...], ...],
     gradients: tuple[str, ...] = (),
     has_out: bool = False,
+    has_mask: bool = False,
 ) -> Op:
-    samples = _elementwise_samples(name, inputs, exponents)
+    samples = _elementwise_samples(name, inputs, exponents, has_mask)
     call, plain = getattr(ops, name), getattr(reference, name)
-    return Op(call, plain, samples, exponents, gradients, has_out)
+    return Op(call, plain, samples, exponents, gradients, has_out, has_mask)
 
 
 _EACH_ALPHA = tuple((alpha,) for alpha in ALPHAS)
@@ -278,11 +303,18 @@ _ALPHA_PAIRS = (
 )
 
 SAMPLES: dict[str, Op] = {
-    "power": _elementwise("power", 1, _EACH_ALPHA, ("power_backward",), has_out=True),
-    "power_backward": _elementwise(
-        "power_backward", 2, _EACH_ALPHA, ("power_backward", "power_double_backward"), has_out=True
+    "power": _elementwise(
+        "power", 1, _EACH_ALPHA, ("power_backward",), has_out=True, has_mask=True
     ),
-    "power_double_backward": _elementwise("power_double_backward", 3, _EACH_ALPHA),
+    "power_backward": _elementwise(
+        "power_backward",
+        2,
+        _EACH_ALPHA,
+        ("power_backward", "power_double_backward"),
+        has_out=True,
+        has_mask=True,
+    ),
+    "power_double_backward": _elementwise("power_double_backward", 3, _EACH_ALPHA, has_mask=True),
     "inverse_power": _elementwise("inverse_power", 1, _EACH_ALPHA),
     "rebase": _elementwise("rebase", 1, _ALPHA_PAIRS),
 }
@@ -378,7 +410,7 @@ def check_values(op: str, device: str = "cpu", dtypes: tuple[torch.dtype, ...] =
 
     Args:
         op: a name in `SAMPLES`, or one of `STEPS`.
-        device: where the op runs.
+        device: where the op runs; on a GPU, for the exponents that its kernels are tuned for.
         dtypes: the dtypes to go through.
 
     Errors name op, dtype, exponent, layout or options, index, inputs, and both values.
@@ -388,4 +420,7 @@ def check_values(op: str, device: str = "cpu", dtypes: tuple[torch.dtype, ...] =
     row = SAMPLES[op]
     for dtype in dtypes:
         for sample in row.samples(dtype, device):
-            check_sample(op, sample, row.call(*sample.inputs, *sample.exponents))
+            if device != "cpu" and max(sample.exponents) > TUNED_FOR:
+                continue
+            result = row.call(*sample.inputs, *sample.exponents, **sample.options)
+            check_sample(op, sample, result)

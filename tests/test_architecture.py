@@ -16,8 +16,11 @@ PACKAGE = ROOT / "ppkernels"
 CSRC = ROOT / "csrc"
 
 SHARED = ("ppkernels._checks", "ppkernels._powered")
+CHECKED = ("ppkernels._checks", "ppkernels._backend")
 BITS = "ppkernels.ops._bits"
-SHARED_BY_ROOMS = ("ppkernels.ops._layout", "ppkernels.ops._point")
+LAYOUT = "ppkernels.ops._layout"
+SHARED_BY_KERNELS = (LAYOUT, "ppkernels.ops._point", "ppkernels.ops._tile")
+POWER_GPU = "ppkernels.ops.power.gpu"
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
 # Files of the package, and what they may import besides the standard library; the first row that
@@ -37,11 +40,18 @@ IMPORTS = [
     ("ops/_bits.py", ["torch.*"]),
     ("ops/_layout.py", ["torch.*"]),
     ("ops/_point.py", ["triton.*"]),
+    ("ops/_tile.py", ["triton.*"]),
     ("ops/*/__init__.py", ["{room}.*"]),
+    # A power and a product: the one room that is built on another.
+    ("ops/power_linear/reference.py", ["torch.*", "ppkernels.ops.power"]),
+    ("ops/power_linear/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS, POWER_GPU]),
+    ("ops/power_linear/kernels.py", ["triton.*", "ppkernels.ops._point", POWER_GPU]),
+    ("ops/power_linear/op.py", ["torch.*", "{room}.*", *CHECKED, LAYOUT, "ppkernels.ops.power"]),
+    ("ops/power_linear/model.py", ["torch.*"]),
     ("ops/*/reference.py", ["torch.*", BITS]),
-    ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_ROOMS]),
-    ("ops/*/op.py", ["torch.*", "{room}.*", "ppkernels._checks", "ppkernels._backend", BITS]),
-    ("ops/step/table.py", ["torch.*", "ppkernels.ops._layout", "ppkernels._checks"]),
+    ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
+    ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),
+    ("ops/step/table.py", ["torch.*", LAYOUT, "ppkernels._checks"]),
     ("ops/step/kept.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
     ("ops/step/lists.py", ["torch.*", "{room}.*", "ppkernels._checks", BITS]),
     ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),

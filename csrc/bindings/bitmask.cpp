@@ -60,8 +60,7 @@ Tensor apply_mask(const Tensor& weight, const Tensor& words) {
   const auto from = memory(x);
   const auto to = mutable_memory(out);
   const uint8_t* kept = bytes_of(bits);
-  // Memory that is not PyTorch's own may start anywhere.
-  const bool stream = should_stream(out, {&x}) && uintptr_t(to.start) % 64 == 0;
+  const bool stream = should_stream_masked(out, {&x});
   for_each_mask_part(x.numel(), [&](int64_t begin, int64_t end) {
     kernel(type, from.at(begin), kept + begin / 8, to.at(begin), end - begin, stream);
   });

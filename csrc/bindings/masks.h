@@ -1,6 +1,8 @@
 // Masks of one bit an entry, as ops take them: `words`, 1-dim uint8, in row-major order of a shape.
 #pragma once
 
+#include <optional>
+
 #include "bindings/tensors.h"
 #include "kernels/bitmask.h"
 
@@ -16,8 +18,8 @@ inline void check_words(const char* op, const Tensor& words, int64_t entries) {
           " bytes, one bit for each of ", entries, " entries, got ", described(words));
 }
 
-// Runs `body(begin, end)` over the entries of a mask; `begin` is a multiple of 512, so that parts
-// share no byte of the words and no cache line of what lies beside them.
+// Runs `body(begin, end)` over the entries of a mask, if there is one; `begin` is a multiple of
+// 512, so that parts share no byte of the words and no cache line of what lies beside them.
 template <class Body>
 inline void for_each_mask_part(int64_t entries, const Body& body) {
   constexpr int64_t kBlock = 512;
@@ -46,5 +48,34 @@ inline Tensor arranged_mask(const Tensor& words, const Tensor& weight) {
   });
   return arranged;
 }
+
+// As `should_stream`, where the kernel reads a mask beside the inputs: vectors then begin where the
+// bytes of the mask do, and memory that is not PyTorch's own may start anywhere.
+inline bool should_stream_masked(const Tensor& out, std::initializer_list<const Tensor*> inputs) {
+  return should_stream(out, inputs) && uintptr_t(out.const_data_ptr()) % 64 == 0;
+}
+
+// A mask that an op may go without, as its kernel takes it.
+class OptionalMask {
+ public:
+  // `words` for the elements of `layout`, which is dense, in the order of its memory.
+  OptionalMask(const char* op, const std::optional<Tensor>& words, const Tensor& layout) {
+    if (!words.has_value()) return;
+    check_words(op, *words, layout.numel());
+    arranged_ = arranged_mask(*words, layout);
+    start_ = static_cast<const uint8_t*>(arranged_->const_data_ptr());
+  }
+
+  // The words from element `begin` on, a multiple of 8; null without a mask.
+  const uint8_t* at(int64_t begin) const { return start_ ? start_ + begin / 8 : nullptr; }
+
+  bool should_stream(const Tensor& out, std::initializer_list<const Tensor*> inputs) const {
+    return start_ ? should_stream_masked(out, inputs) : bindings::should_stream(out, inputs);
+  }
+
+ private:
+  std::optional<Tensor> arranged_;
+  const uint8_t* start_ = nullptr;
+};
 
 }  // namespace ppkernels::bindings

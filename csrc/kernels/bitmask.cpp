@@ -6,8 +6,6 @@
 namespace ppkernels::PPKERNELS_ISA {
 namespace {
 
-inline uint32_t bit(const uint8_t* words, int64_t i) { return (words[i >> 3] >> (i & 7)) & 1u; }
-
 void pack_entry(const uint8_t* mask, uint8_t* words, int64_t n) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {

@@ -169,97 +169,117 @@ bool in_range(double exponent) {
   return (size >= Power::kSmallestExponent && size <= Power::kLargestExponent) || size == 0;
 }
 
-// ---- entry points
+// ---- entry points; `words` is the mask of each, or null
 
 template <class Point, class T, class... In>
-void run(const Point& point, T* out, int64_t n, bool stream, const In*... in) {
-  stream ? map_streaming(point, out, n, in...) : map(point, out, n, in...);
+void run_cached(const Point& point, const uint8_t* words, T* out, int64_t n, const In*... in) {
+  words == nullptr ? map(All{}, point, out, n, in...) : map(Masked{words}, point, out, n, in...);
+}
+
+template <class Point, class T, class... In>
+void run(const Point& point, const uint8_t* words, T* out, int64_t n, bool stream,
+         const In*... in) {
+  if (!stream) return run_cached(point, words, out, n, in...);
+  words == nullptr ? map_streaming(All{}, point, out, n, in...)
+                   : map_streaming(Masked{words}, point, out, n, in...);
+}
+
+// float64: `point` takes the number of an element.
+template <class Point>
+void run_doubles(const Point& point, const uint8_t* words, void* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    ((double*)out)[i] = words == nullptr || bit(words, i) ? point(i) : 0;
 }
 
 template <class T>
-void signed_power_as(double exponent, const void* x_, void* out_, int64_t n, bool stream) {
+void signed_power_as(double exponent, const void* x_, const uint8_t* words, void* out_, int64_t n,
+                     bool stream) {
   const T* x = (const T*)x_;
   T* out = (T*)out_;
-  if (exponent == 1) return run(Identity{}, out, n, stream, x);
-  if (exponent == 0.5) return run(SignedRoot{}, out, n, stream, x);
-  if (exponent == 1.5) return run(ThreeHalves{}, out, n, stream, x);
-  if (exponent == 2) return run(SignedSquare{}, out, n, stream, x);
-  if (exponent == 3) return run(Cube{}, out, n, stream, x);
-  if (exponent == 4) return run(SignedFourth{}, out, n, stream, x);
-  if (in_range(exponent)) return run(SignedPower(exponent), out, n, stream, x);
-  run(WidePower{exponent}, out, n, false, x);
+  if (exponent == 1) return run(Identity{}, words, out, n, stream, x);
+  if (exponent == 0.5) return run(SignedRoot{}, words, out, n, stream, x);
+  if (exponent == 1.5) return run(ThreeHalves{}, words, out, n, stream, x);
+  if (exponent == 2) return run(SignedSquare{}, words, out, n, stream, x);
+  if (exponent == 3) return run(Cube{}, words, out, n, stream, x);
+  if (exponent == 4) return run(SignedFourth{}, words, out, n, stream, x);
+  if (in_range(exponent)) return run(SignedPower(exponent), words, out, n, stream, x);
+  run_cached(WidePower{exponent}, words, out, n, x);
 }
 
-void signed_power_entry(Type type, double exponent, const void* x, void* out, int64_t n,
-                        bool stream) {
+void signed_power_entry(Type type, double exponent, const void* x, const uint8_t* words, void* out,
+                        int64_t n, bool stream) {
   switch (type) {
     case Type::kFloat32:
-      return signed_power_as<float>(exponent, x, out, n, stream);
+      return signed_power_as<float>(exponent, x, words, out, n, stream);
     case Type::kBFloat16:
-      return signed_power_as<bf16>(exponent, x, out, n, stream);
+      return signed_power_as<bf16>(exponent, x, words, out, n, stream);
     case Type::kFloat16:
-      return signed_power_as<f16>(exponent, x, out, n, stream);
+      return signed_power_as<f16>(exponent, x, words, out, n, stream);
     case Type::kFloat64:
-      for (int64_t i = 0; i < n; ++i)
-        ((double*)out)[i] = signed_power(((const double*)x)[i], exponent);
+      return run_doubles([=](int64_t i) { return signed_power(((const double*)x)[i], exponent); },
+                         words, out, n);
   }
 }
 
 template <class T>
-void power_backward_as(double alpha, const void* grad_, const void* weight_, void* out_, int64_t n,
-                       bool stream) {
+void power_backward_as(double alpha, const void* grad_, const void* weight_, const uint8_t* words,
+                       void* out_, int64_t n, bool stream) {
   const T *grad = (const T*)grad_, *weight = (const T*)weight_;
   T* out = (T*)out_;
-  if (alpha == 1) return run(BackwardIdentity{}, out, n, stream, grad, weight);
-  if (alpha == 1.5) return run(BackwardThreeHalves{}, out, n, stream, grad, weight);
-  if (alpha == 2) return run(BackwardSquare{}, out, n, stream, grad, weight);
-  if (alpha == 3) return run(BackwardCube{}, out, n, stream, grad, weight);
-  if (in_range(alpha - 1)) return run(BackwardPower(alpha), out, n, stream, grad, weight);
-  run(WideBackward{alpha}, out, n, false, grad, weight);
+  if (alpha == 1) return run(BackwardIdentity{}, words, out, n, stream, grad, weight);
+  if (alpha == 1.5) return run(BackwardThreeHalves{}, words, out, n, stream, grad, weight);
+  if (alpha == 2) return run(BackwardSquare{}, words, out, n, stream, grad, weight);
+  if (alpha == 3) return run(BackwardCube{}, words, out, n, stream, grad, weight);
+  if (in_range(alpha - 1)) return run(BackwardPower(alpha), words, out, n, stream, grad, weight);
+  run_cached(WideBackward{alpha}, words, out, n, grad, weight);
 }
 
-void power_backward_entry(Type type, double alpha, const void* grad, const void* weight, void* out,
-                          int64_t n, bool stream) {
+void power_backward_entry(Type type, double alpha, const void* grad, const void* weight,
+                          const uint8_t* words, void* out, int64_t n, bool stream) {
   switch (type) {
     case Type::kFloat32:
-      return power_backward_as<float>(alpha, grad, weight, out, n, stream);
+      return power_backward_as<float>(alpha, grad, weight, words, out, n, stream);
     case Type::kBFloat16:
-      return power_backward_as<bf16>(alpha, grad, weight, out, n, stream);
+      return power_backward_as<bf16>(alpha, grad, weight, words, out, n, stream);
     case Type::kFloat16:
-      return power_backward_as<f16>(alpha, grad, weight, out, n, stream);
+      return power_backward_as<f16>(alpha, grad, weight, words, out, n, stream);
     case Type::kFloat64:
-      for (int64_t i = 0; i < n; ++i)
-        ((double*)out)[i] =
-            power_backward(((const double*)grad)[i], ((const double*)weight)[i], alpha);
+      return run_doubles(
+          [=](int64_t i) {
+            return power_backward(((const double*)grad)[i], ((const double*)weight)[i], alpha);
+          },
+          words, out, n);
   }
 }
 
 template <class T>
 void power_double_backward_as(double alpha, const void* grad_grad_, const void* grad_,
-                              const void* weight_, void* out_, int64_t n) {
+                              const void* weight_, const uint8_t* words, void* out_, int64_t n) {
   const T *grad_grad = (const T*)grad_grad_, *grad = (const T*)grad_, *weight = (const T*)weight_;
   T* out = (T*)out_;
   if (alpha != 1 && in_range(alpha - 2)) {
-    map(DoubleBackwardPower(alpha), out, n, grad_grad, grad, weight);
+    run_cached(DoubleBackwardPower(alpha), words, out, n, grad_grad, grad, weight);
   } else {
-    map(WideDoubleBackward{alpha}, out, n, grad_grad, grad, weight);
+    run_cached(WideDoubleBackward{alpha}, words, out, n, grad_grad, grad, weight);
   }
 }
 
 void power_double_backward_entry(Type type, double alpha, const void* grad_grad, const void* grad,
-                                 const void* weight, void* out, int64_t n) {
+                                 const void* weight, const uint8_t* words, void* out, int64_t n) {
   switch (type) {
     case Type::kFloat32:
-      return power_double_backward_as<float>(alpha, grad_grad, grad, weight, out, n);
+      return power_double_backward_as<float>(alpha, grad_grad, grad, weight, words, out, n);
     case Type::kBFloat16:
-      return power_double_backward_as<bf16>(alpha, grad_grad, grad, weight, out, n);
+      return power_double_backward_as<bf16>(alpha, grad_grad, grad, weight, words, out, n);
     case Type::kFloat16:
-      return power_double_backward_as<f16>(alpha, grad_grad, grad, weight, out, n);
+      return power_double_backward_as<f16>(alpha, grad_grad, grad, weight, words, out, n);
     case Type::kFloat64:
-      for (int64_t i = 0; i < n; ++i)
-        ((double*)out)[i] =
-            power_double_backward(((const double*)grad_grad)[i], ((const double*)grad)[i],
-                                  ((const double*)weight)[i], alpha);
+      return run_doubles(
+          [=](int64_t i) {
+            return power_double_backward(((const double*)grad_grad)[i], ((const double*)grad)[i],
+                                         ((const double*)weight)[i], alpha);
+          },
+          words, out, n);
   }
 }
 

@@ -513,20 +513,18 @@ template <class StepT, class W, class S>
 void step_part(const StepT& step, const Rows<W, S>& rows, int64_t i, int64_t count) {
   W weight[kLanes] = {}, grad[kLanes] = {};
   S master[kLanes] = {}, states[3][kLanes] = {};
-  uint8_t mask[2] = {};
+  BitsOfLanes mask = {};
+  if (rows.mask != nullptr) mask = bits_of_lanes(rows.mask, i, count);
   const Rows<W, S> padded = {weight,
                              grad,
                              rows.master == nullptr ? nullptr : master,
                              {states[0], states[1], states[2]},
-                             rows.mask == nullptr ? nullptr : mask};
+                             rows.mask == nullptr ? nullptr : mask.words};
   for (int64_t j = 0; j < count; ++j) {
     weight[j] = rows.weight[i + j];
     grad[j] = rows.grad[i + j];
     if (rows.master != nullptr) master[j] = rows.master[i + j];
     for (int k = 0; k < StepT::kStates; ++k) states[k][j] = rows.states[k][i + j];
-    if (rows.mask != nullptr) {
-      mask[j / 8] |= (uint8_t)(((rows.mask[(i + j) / 8] >> ((i + j) % 8)) & 1) << (j % 8));
-    }
   }
   step.template at<f32v>(padded, 0);
   for (int64_t j = 0; j < count; ++j) {
@@ -588,7 +586,7 @@ void run_doubles(const Options& options, const StepTensor& t, double lr, int64_t
   const bool is_plain = t.alpha == 1 || t.holds_phi;
   double* weights = (double*)t.weight;
   for (int64_t i = begin; i < end; ++i) {
-    if (t.mask != nullptr && !((t.mask[i / 8] >> (i % 8)) & 1)) continue;
+    if (t.mask != nullptr && !bit(t.mask, i)) continue;
     const double w = weights[i];
     double grad = ((const double*)t.grad)[i] * options.grad_factor;
     if (decay.is_before) grad = decay(grad, w);

@@ -278,6 +278,19 @@ inline void store(f16* p, f32v x) {
 
 // ---- masks of one bit an entry: entry i is bit i % 8 of byte i / 8
 
+inline uint32_t bit(const uint8_t* words, int64_t i) { return (words[i >> 3] >> (i & 7)) & 1u; }
+
+// The bits i ... i + count − 1, 0 < count <= kLanes, as the first ones of a mask for `lane_mask`;
+// what stands behind them has no meaning. i must be a multiple of kLanes; of `words` only the bytes
+// that hold these bits are read.
+struct BitsOfLanes {
+  uint8_t words[2];
+};
+inline BitsOfLanes bits_of_lanes(const uint8_t* words, int64_t i, int64_t count) {
+  const uint8_t* p = words + (i >> 3);
+  return {{(uint8_t)(p[0] >> (i & 7)), count > 8 ? p[1] : uint8_t(0)}};
+}
+
 // Lanes of all ones where the bits i ... i + kLanes − 1 are set, and of 0 elsewhere. i must be a
 // multiple of kLanes; of `words` only the bytes that hold these bits are read.
 inline i32v lane_mask(const uint8_t* words, int64_t i) {

@@ -54,8 +54,8 @@ class _PowerConv(Powered):
     def forward(self, input: Tensor) -> Tensor:
         theta = self.weight
         if self.stores == "phi":
-            theta = Power.apply(theta, self.alpha)
-        if self._mask is not None:
+            theta = Power.apply(theta, self.alpha, self._words(theta))
+        elif self._mask is not None:
             theta = self._hide(theta)
         return self._conv_forward(input, theta, self.bias)  # type: ignore[operator,no-any-return]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ppkernels._powered import Stores
 from ppkernels.autograd import Power
 from ppkernels.nn.powered import Powered
+from ppkernels.ops import power_linear
 
 
 class PowerLinear(Powered, nn.Linear):
@@ -18,8 +19,8 @@ class PowerLinear(Powered, nn.Linear):
 
     With ``stores="theta"`` (the default) ``weight`` is θ, forward and backward are nn.Linear's own,
     and an optimizer of `pp.optim` takes the powered step; other optimizers are refused. With
-    ``stores="phi"`` ``weight`` is φ, θ is computed in each forward, and any optimizer will do. The
-    bias is never powered.
+    ``stores="phi"`` ``weight`` is φ, θ is computed in each forward (on a GPU by `pp.power_linear`,
+    which does not keep it for the backward), and any optimizer will do. The bias is never powered.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
@@ -58,7 +59,11 @@ class PowerLinear(Powered, nn.Linear):
         theta = self.weight
         if self.stores == "phi":
             alpha: Any = self._buffers["alpha"]
-            theta = Power.apply(theta, alpha)
-        if self._mask is not None:
+            words = self._words(theta)
+            if theta.is_cuda:
+                return power_linear(input, theta, alpha, self.bias, words=words)
+            # The backward pass wants θ too, and another power costs more than the memory.
+            theta = Power.apply(theta, alpha, words)
+        elif self._mask is not None:
             theta = self._hide(theta)
         return F.linear(input, theta, self.bias)

@@ -76,15 +76,18 @@ class Masked(nn.Module):
         return mask if device.type == "meta" else mask.to(device)
 
     def _hide(self, theta: Tensor) -> Tensor:
-        """θ as the network sees it."""
+        """A stored θ as the network sees it."""
+        words = self._words(theta)
+        return theta if words is None else ApplyMask.apply(theta, words)
+
+    def _words(self, weight: Tensor) -> Tensor | None:
+        """The words of ``mask``, beside ``weight``; None where no mask is set."""
         mask = self._mask
         if mask is None:
-            return theta
+            return None
         words = mask.words
         # A replica of nn.DataParallel has its weight on a GPU of its own.
-        if words.device != theta.device:
-            words = words.to(theta.device)
-        return ApplyMask.apply(theta, words)
+        return words if words.device == weight.device else words.to(weight.device)
 
     def _masks(self) -> dict[str, BitMask]:
         """The masks that are set, by name."""

@@ -104,7 +104,7 @@ class Powered(Masked):
         """The weight that the network sees, ``mask`` applied; differentiable in ``weight``."""
         if self.stores == "theta":
             return self._hide(self.weight)
-        return self._hide(Power.apply(self.weight, self.alpha))
+        return Power.apply(self.weight, self.alpha, self._words(self.weight))
 
     def set_theta(self, values: Tensor) -> None:
         """Overwrite ``weight`` in place so that `theta` equals ``values`` where ``mask`` shows it.

@@ -8,6 +8,11 @@ from ppkernels.ops.power import (
     power_double_backward,
     rebase,
 )
+from ppkernels.ops.power_linear import (
+    power_linear,
+    power_linear_grad_input,
+    power_linear_grad_weight,
+)
 from ppkernels.ops.step import adam_step_, sgd_step_
 
 __all__ = [
@@ -20,6 +25,9 @@ __all__ = [
     "power",
     "power_backward",
     "power_double_backward",
+    "power_linear",
+    "power_linear_grad_input",
+    "power_linear_grad_weight",
     "rebase",
     "sgd_step_",
     "unpack_bits",

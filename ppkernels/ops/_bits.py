@@ -19,6 +19,14 @@ def each_bit(device: torch.device) -> Tensor:
 
 
 def unpacked(words: Tensor, shape: Sequence[int]) -> Tensor:
-    """The bool tensor of ``shape`` that the words stand for; bits behind its end are not read."""
-    entries = (words.unsqueeze(1) & each_bit(words.device)) != 0  # [W, 8]
-    return entries.view(-1)[: math.prod(shape)].view(shape)
+    """The bool tensor [..., *shape] that words [..., W] stand for; what is left over is not read.
+
+    Dimensions in front of W are a batch of masks.
+    """
+    entries = (words.unsqueeze(-1) & each_bit(words.device)) != 0  # [..., W, 8]
+    return entries.flatten(-2)[..., : math.prod(shape)].reshape((*words.shape[:-1], *shape))
+
+
+def kept(tensor: Tensor, words: Tensor) -> Tensor:
+    """``tensor`` where its bit is set, and +0 elsewhere, whatever stands there."""
+    return torch.where(unpacked(words, tensor.shape), tensor, 0.0)

@@ -10,8 +10,7 @@ import torch._dynamo
 from torch import Tensor
 
 import ppkernels as pp
-from ppkernels.testing import DTYPES, SAMPLES, STEPS, check_sample
-from ppkernels.testing_steps import STEP_ALPHAS, check_step, step_cases, step_lists, stepped
+from ppkernels.testing import DTYPES, SAMPLES, STEPS, check_values
 
 pytestmark = pytest.mark.gpu
 
@@ -35,30 +34,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 
 
 @each_dtype
-@each_op
+@pytest.mark.parametrize("op", [*SAMPLES, *STEPS])
 def test_values(op: str, dtype: torch.dtype) -> None:
-    """By the rule for all ops, for the exponents that the kernels are tuned for."""
-    row = SAMPLES[op]
-    samples = [s for s in row.samples(dtype, "cuda") if max(s.exponents) <= 8]
-    assert len(samples) > 50
-    for sample in samples:
-        check_sample(op, sample, row.call(*sample.inputs, *sample.exponents))
-
-
-@each_dtype
-@pytest.mark.parametrize("op", STEPS)
-def test_values_of_steps(op: str, dtype: torch.dtype) -> None:
-    """Half types with float32 states: others have shorter powers (ops/step/README.md)."""
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    alphas = [alpha for alpha in STEP_ALPHAS if alpha <= 8 or dtype is torch.float32]
-    # float64 is compared number by number.
-    count = 3 if dtype is torch.float64 else 99
-    for case in step_cases(op):
-        if is_half and case.state_count == 0:
-            continue
-        state_dtype = torch.float32 if is_half else dtype
-        before = step_lists(case, dtype, count, alphas, state_dtype, device="cuda")
-        check_step(case, before, stepped(case, before))
+    check_values(op, "cuda", (dtype,))
 
 
 @pytest.mark.parametrize("alpha_on", ["cpu", "cuda"])

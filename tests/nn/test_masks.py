@@ -75,6 +75,22 @@ def test_convolution_uses_the_masked_weight(
     x = torch.randn(2, 3, 7, 7)
     layer.mask = random_mask(4, 3, 3, 3)
     torch.testing.assert_close(layer(x), F.conv2d(x, shown_theta(layer), layer.bias))
+    assert layer.theta.is_contiguous(memory_format=memory_format)
+    hidden = ~layer.mask.unpack()
+    (grad,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+    assert grad.is_contiguous(memory_format=memory_format)
+    assert (grad[hidden] == 0).all()
+    expected = F.conv2d(x, shown_theta(layer), layer.bias).sum()
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, layer.weight)[0])
+
+
+def test_a_layer_that_stores_phi_masks_in_the_pass_of_the_power() -> None:
+    layer, x = linear("phi"), torch.randn(3, 6)
+    layer.mask = random_mask(5, 6)
+    with torch.profiler.profile() as profile:
+        layer(x).sum().backward()
+    ours = [event.name for event in profile.events() if event.name.startswith("ppkernels::")]
+    assert ours == ["ppkernels::power", "ppkernels::power_backward"]
 
 
 @each_storage
@@ -88,8 +104,14 @@ def test_hidden_values_survive_and_get_no_gradient(stores: str) -> None:
     assert (layer.weight.grad[~hidden] != 0).all()
     assert torch.equal(layer.weight, stored)
     with torch.no_grad():
-        layer.weight[hidden] = torch.nan
-    assert layer(torch.randn(3, 6)).isfinite().all()
+        layer.weight[hidden] = torch.tensor([torch.nan, torch.inf]).repeat(15)[: hidden.sum()]
+    layer.zero_grad()
+    result = layer(torch.randn(3, 6))
+    assert result.isfinite().all()
+    # A gradient of which nothing is finite: where the bit is 0, it is +0 all the same.
+    (result * torch.nan).sum().backward()
+    assert torch.equal(layer.weight.grad.isnan(), ~hidden)
+    assert not layer.weight.grad[hidden].signbit().any()
 
 
 @each_storage

@@ -244,9 +244,9 @@ def test_alpha_as_a_number_equals_alpha_on_the_device():
     weight = torch.randn(100, device=DEVICE)
     out = torch.full_like(weight, math.nan)
     bits = int(torch.tensor(1.3, dtype=torch.float64).view(torch.int64).item())
-    gpu.signed_power_kernel[(1,)](weight, out, bits, None, 100, BLOCK=128)
+    gpu.signed_power_kernel[(1,)](weight, out, None, bits, None, 100, BLOCK=128)
     assert torch.equal(out, gpu.power(weight, exponent(1.3)))
-    gpu.signed_power_kernel[(1,)](weight, out, None, bits, 100, BLOCK=128)
+    gpu.signed_power_kernel[(1,)](weight, out, None, None, bits, 100, BLOCK=128)
     assert torch.equal(out, gpu.inverse_power(weight, exponent(1.3)))
 
 
@@ -336,12 +336,85 @@ def test_the_gradient_into_out():
     assert torch.equal(grad, slope)
 
 
+# ---- masks
+
+
+def random_mask(*shape: int) -> torch.Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4).to(DEVICE)
+
+
+def words_of(mask: torch.Tensor) -> torch.Tensor:
+    """The words by NumPy."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little")).to(DEVICE)
+
+
+def assert_same_bits(result: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(result.signbit() & ~result.isnan(), expected.signbit() & ~expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mask_selects(layout, dtype):
+    values = torch.linspace(-2, 2, 5000, dtype=torch.float64)
+    values[::7], values[3::11], values[5::13] = math.nan, math.inf, -0.0
+    weight = LAYOUTS[layout](values.to(dtype).to(DEVICE))
+    mask, a = random_mask(*weight.shape), exponent(1.5)
+    grad = torch.where(mask, weight, -math.inf).flip(0) if weight.dim() else weight
+    for result, every in (
+        (gpu.power(weight, a, words_of(mask)), gpu.power(weight, a)),
+        (gpu.power_backward(grad, weight, a, words_of(mask)), gpu.power_backward(grad, weight, a)),
+        (
+            gpu.power_double_backward(grad, grad, weight, a, words_of(mask)),
+            gpu.power_double_backward(grad, grad, weight, a),
+        ),
+    ):
+        assert result.stride() == torch.empty_like(weight).stride()
+        assert_same_bits(result, torch.where(mask, every, 0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numel", [1, 7, 8, 9, 511, 1024, 2049, 4099])
+def test_a_mask_and_out(numel, dtype):
+    weight = torch.linspace(-2, 2, numel, dtype=torch.float64).to(dtype).to(DEVICE)
+    mask, a = random_mask(numel), exponent(2.5)
+    expected = torch.where(mask, gpu.power(weight, a), 0.0)
+    for shift in (0, 1):
+        buffer = torch.full((numel + 64,), math.nan, dtype=dtype, device=DEVICE)
+        out = buffer[16 + shift : 16 + shift + numel]
+        assert gpu.power_out(weight, a, out, words_of(mask)) is None
+        assert_same_bits(out, expected)
+        assert buffer.isnan().sum() == 64
+    expected = torch.where(mask, gpu.power_backward(weight, weight, a), 0.0)
+    gpu.power_backward_out(weight, weight, a, weight, words_of(mask))
+    assert_same_bits(weight, expected)
+
+
+def test_a_mask_and_out_in_another_layout():
+    weight, mask, a = torch.randn(30, 41, device=DEVICE), random_mask(30, 41), exponent(1.5)
+    expected = torch.where(mask, gpu.power(weight, a), 0.0)
+    transposed = torch.full((41, 30), math.nan, device=DEVICE).t()
+    gapped = torch.full((60, 41), math.nan, device=DEVICE)[::2]
+    for out in (transposed, gapped):
+        gpu.power_out(weight, a, out, words_of(mask))
+        assert_same_bits(out, expected)
+
+
+def test_words_of_another_size_are_refused():
+    weight = torch.ones(17, device=DEVICE)
+    message = "power: words must be a contiguous uint8 tensor of 3 bytes"
+    with pytest.raises(RuntimeError, match=message):
+        gpu.power(weight, exponent(1.5), words_of(random_mask(25)))
+    with pytest.raises(RuntimeError, match=message):
+        gpu.power(weight, exponent(1.5), torch.ones(3, dtype=torch.bool, device=DEVICE))
+
+
 # ---- what only hardware can show
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_nothing_waits_and_no_value_of_alpha_compiles_again():
-    weight = torch.randn(10_000, device=DEVICE)
+    weight, words = torch.randn(10_000, device=DEVICE), words_of(random_mask(10_000))
     compiled: list[object] = []
     torch.cuda.set_sync_debug_mode("error")
     hook = triton.knobs.runtime.jit_post_compile_hook
@@ -349,6 +422,7 @@ def test_nothing_waits_and_no_value_of_alpha_compiles_again():
         for alpha in (1.5, 2.0, 7.25):
             gpu.power(weight, torch.tensor(alpha, dtype=torch.float64))
             gpu.power(weight, torch.full((), alpha, dtype=torch.float64, device=DEVICE))
+            gpu.power(weight.view(100, 100).t(), torch.tensor(alpha, dtype=torch.float64), words)
             triton.knobs.runtime.jit_post_compile_hook = lambda **kw: compiled.append(kw)
     finally:
         triton.knobs.runtime.jit_post_compile_hook = hook

@@ -162,6 +162,51 @@ def test_tensors_that_must_be_like_the_weight(
         call()
 
 
+# ---- the mask
+
+WORDS = pp.pack_bits(torch.ones(2, 3, dtype=torch.bool))
+MASKED_CALLS: dict[str, Callable[[object], Tensor]] = {
+    "power": lambda words: pp.power(W, 1.5, words=words),
+    "power_backward": lambda words: pp.power_backward(W, W, 1.5, words=words),
+    "power_double_backward": lambda words: pp.power_double_backward(W, W, W, 1.5, words=words),
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.bool), TypeError, "words must be a uint8 tensor, got bool"),
+        (pp.BitMask.ones((2, 3)), TypeError, "words must be a uint8 tensor, got BitMask"),
+        (WORDS.view(1, 1), ValueError, "words must be a contiguous 1-dim tensor, got shape (1, 1)"),
+        (
+            torch.zeros(2, dtype=torch.uint8),
+            ValueError,
+            "words must have one bit for each of 6 entries, that is 1 bytes, got 2",
+        ),
+        (WORDS.to("meta"), ValueError, "words must be on the device of weight, cpu, got meta"),
+    ],
+    ids=["bool", "mask", "2-dim", "size", "device"],
+)
+@pytest.mark.parametrize("op", MASKED_CALLS)
+def test_words(op: str, words: object, error: type[Exception], message: str) -> None:
+    with raises(error, f"{op}: {message}"):
+        MASKED_CALLS[op](words)
+
+
+@pytest.mark.skipif(pp.cpu_capability() == "reference", reason="what the compiled kernels check")
+@pytest.mark.parametrize("words", [WORDS.repeat(2), WORDS.bool()], ids=["size", "dtype"])
+@pytest.mark.parametrize("op", MASKED_CALLS)
+def test_the_raw_ops_refuse_words_that_they_would_misread(op: str, words: Tensor) -> None:
+    inputs = {"power": 1, "power_backward": 2, "power_double_backward": 3}[op]
+    out = torch.zeros_like(W)
+    with raises(RuntimeError, f"{op}: words must be a contiguous uint8 CPU tensor of 1 bytes"):
+        getattr(torch.ops.ppkernels, op)(*[W] * inputs, float64(1.5), words)
+    if op != "power_double_backward":
+        with raises(RuntimeError, f"{op}: words must be a contiguous uint8 CPU tensor of 1 bytes"):
+            getattr(torch.ops.ppkernels, f"{op}_out")(*[W] * inputs, float64(1.5), out, words)
+        assert (out == 0).all()
+
+
 # ---- out=
 
 

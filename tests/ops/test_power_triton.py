@@ -31,16 +31,21 @@ KERNELS = {
 }
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("element", TYPES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiled_code(name, element, compile_for, assert_no_spills):
+def test_compiled_code(name, element, masked, compile_for, assert_no_spills):
     """No spills, 128-bit accesses on aligned addresses, and the half types rounded to nearest."""
     from ppkernels.ops.power import gpu
 
     tensors, exponents = KERNELS[name]
     block = gpu.BLOCK_BYTES // TYPES[element]
-    types = dict.fromkeys(tensors, f"*{element}")
-    compiled = compile_for(getattr(gpu, name), types, {"BLOCK": block}, exponents)
+    types, constants = dict.fromkeys(tensors, f"*{element}"), {"BLOCK": block}
+    if masked:
+        types["words"] = "*u8"
+    else:
+        constants["words"] = None
+    compiled = compile_for(getattr(gpu, name), types, constants, exponents)
 
     code = compiled.asm["ptx"]
     lanes = 2 if element == "fp64" else 4

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppkernels.ops.bitmask.op import (
-    check_words,
-    checked_shape,
-    count_bits,
-    pack_bits,
-    unpack_bits,
-)
+from ppkernels._checks import check_words
+from ppkernels.ops.bitmask.op import checked_shape, count_bits, pack_bits, unpack_bits
 
 
 class BitMask:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppkernels.ops._tile import tile_bits, tile_offsets
+
 # Words of a program: 4096 entries. Not tuned on hardware; results do not depend on it, and tests in
 # Triton's interpreter, where a program costs about a millisecond, raise it.
 BLOCK_WORDS = 512
@@ -25,7 +27,7 @@ _WARPS = 4
 @triton.jit
 def _entries(start, BLOCK: tl.constexpr):
     """Numbers of the entries of BLOCK words from word ``start`` on, [BLOCK, 8]."""
-    return (start + tl.arange(0, BLOCK))[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return start * 8 + tile_offsets(BLOCK)
 
 
 # Only the last block has a mask: one of unknown length would narrow every access to one element.
@@ -49,14 +51,6 @@ def _store(out, entries, block, end, numel):
         tl.store(out + entries, block, mask=entries < numel)
 
 
-@triton.jit
-def _load_bits(words, start, size, BLOCK: tl.constexpr):
-    """The bits of BLOCK words as 0 and 1, [BLOCK, 8] of int32; 0 from word ``size`` on."""
-    offsets = start + tl.arange(0, BLOCK)
-    word = tl.load(words + offsets, mask=offsets < size, other=0).to(tl.int32)
-    return (word[:, None] >> tl.arange(0, 8)[None, :]) & 1
-
-
 @triton.jit(do_not_specialize=["numel"])
 def pack_kernel(mask, words, numel, BLOCK: tl.constexpr):
     """words [W] of the bytes ``mask`` [N]: bit set where the byte is not 0."""
@@ -73,7 +67,7 @@ def unpack_kernel(words, mask, numel, BLOCK: tl.constexpr):
     """Bytes 0 and 1 ``mask`` [N] of words [W]."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     entries = _entries(start, BLOCK)
-    bits = _load_bits(words, start, (numel + 7) // 8, BLOCK)
+    bits = tile_bits(words + start, (numel + 7) // 8 - start, 0, BLOCK)
     _store(mask, entries, bits.to(tl.uint8), (start + BLOCK) * 8, numel)
 
 
@@ -81,7 +75,8 @@ def unpack_kernel(words, mask, numel, BLOCK: tl.constexpr):
 def count_kernel(words, counts, size, BLOCK: tl.constexpr):
     """counts[program] = bits set in the program's words; ``words`` has ``size`` bytes."""
     program = tl.program_id(0).to(tl.int64)
-    bits = _load_bits(words, program * BLOCK, size, BLOCK)
+    start = program * BLOCK
+    bits = tile_bits(words + start, size - start, 0, BLOCK)
     tl.store(counts + program, tl.sum(tl.sum(bits, axis=1), axis=0))
 
 
@@ -90,7 +85,7 @@ def apply_kernel(weight, words, out, numel, BLOCK: tl.constexpr):
     """out [N] = weight [N], both as integers, where the bit is set, and 0 elsewhere."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     entries = _entries(start, BLOCK)
-    bits = _load_bits(words, start, (numel + 7) // 8, BLOCK)
+    bits = tile_bits(words + start, (numel + 7) // 8 - start, 0, BLOCK)
     block = _load(weight, entries, (start + BLOCK) * 8, numel)
     _store(out, entries, tl.where(bits != 0, block, 0), (start + BLOCK) * 8, numel)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import check_floating
+from ppkernels._checks import check_floating, check_tensor, check_words, check_words_for
+from ppkernels.ops._layout import laid_out_as
 from ppkernels.ops.bitmask import reference
 
 # ---- public functions
@@ -36,7 +37,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     Raises:
         TypeError: ``mask`` is no bool tensor.
     """
-    _check_tensor("pack_bits", "mask", mask, torch.bool)
+    check_tensor("pack_bits", "mask", mask, torch.bool)
     if _backend.uses_reference():
         return reference.pack_bits(mask)
     return torch.ops.ppkernels.pack_bits(mask)
@@ -101,28 +102,8 @@ def apply_mask(weight: Tensor, words: Tensor) -> Tensor:
         ValueError: words of another size or on another device.
     """
     check_floating("apply_mask", "weight", weight)
-    check_words("apply_mask", words, weight.numel())
-    if words.device != weight.device:
-        raise ValueError(
-            f"apply_mask: words must be on the device of weight, {weight.device}, "
-            f"got {words.device}"
-        )
+    check_words_for("apply_mask", words, weight)
     return ApplyMask.apply(weight, words)
-
-
-def check_words(op: str, words: Tensor, entries: int | None = None) -> None:
-    """``words`` has the form of a mask's words, and the size for ``entries`` if that is given."""
-    _check_tensor(op, "words", words, torch.uint8)
-    if words.dim() != 1 or not words.is_contiguous():
-        raise ValueError(
-            f"{op}: words must be a contiguous 1-dim tensor, got shape {tuple(words.shape)}, "
-            f"strides {words.stride()}"
-        )
-    if entries is not None and words.numel() != (entries + 7) // 8:
-        raise ValueError(
-            f"{op}: words must have one bit for each of {entries} entries, that is "
-            f"{(entries + 7) // 8} bytes, got {words.numel()}"
-        )
 
 
 def checked_shape(op: str, shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -137,20 +118,6 @@ def checked_shape(op: str, shape: int | Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"{op}: shape must have no negative sizes, got {tuple(sizes)}")
     # The op's schema takes Python's own; a SymInt has to stay one.
     return tuple(int(size) if isinstance(size, Integral) else size for size in sizes)
-
-
-def _check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    wanted = str(dtype).removeprefix("torch.")
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a {wanted} tensor, got {type(tensor).__name__}")
-    if tensor.dtype != dtype:
-        came = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: {name} must be a {wanted} tensor, got {came}")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        raise TypeError(
-            f"{op}: {name} must be a dense tensor, got "
-            + ("a nested one" if tensor.is_nested else f"layout {tensor.layout}")
-        )
 
 
 # ---- schemas, shapes, and the kernels of every device but the CPU
@@ -169,16 +136,11 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _laid_out(result: Tensor, out: Tensor) -> Tensor:
-    """``result`` in the memory layout of ``out``."""
-    return result if result.stride() == out.stride() else out.copy_(result)
-
-
 def _define(name: str) -> None:
     """Schema, shapes and reference kernel of one op."""
 
     def kernel(*args: Any) -> Tensor:
-        return _laid_out(getattr(reference, name)(*args), _SHAPES[name](*args))
+        return laid_out_as(getattr(reference, name)(*args), _SHAPES[name](*args))
 
     tags = (torch.Tag.pt2_compliant_tag,)
     torch.library.define(f"ppkernels::{name}", _SCHEMAS[name], tags=tags)
@@ -211,7 +173,7 @@ def _apply(weight: Tensor, words: Tensor) -> Tensor:
     if torch._C._are_functorch_transforms_active():
         return reference.apply_mask(weight, words)
     if _backend.uses_reference():
-        return _laid_out(reference.apply_mask(weight, words), torch.empty_like(weight))
+        return laid_out_as(reference.apply_mask(weight, words), torch.empty_like(weight))
     return torch.ops.ppkernels.apply_mask.default(weight, words)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppkernels.ops._bits import each_bit, unpacked
+from ppkernels.ops._bits import each_bit, kept, unpacked
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -33,4 +33,4 @@ def count_bits(words: Tensor) -> Tensor:
 
 def apply_mask(weight: Tensor, words: Tensor) -> Tensor:
     """``weight`` where its bit is set, and 0 elsewhere."""
-    return torch.where(unpacked(words, weight.shape), weight, 0.0)
+    return kept(weight, words)

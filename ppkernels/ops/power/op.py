@@ -14,14 +14,32 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_alpha, check_floating, check_like
+from ppkernels._checks import (
+    alpha_tensor,
+    check_alpha,
+    check_floating,
+    check_like,
+    check_words,
+    check_words_for,
+)
+from ppkernels.ops._bits import unpacked
+from ppkernels.ops._layout import laid_out_as
 from ppkernels.ops.power import reference
 
 # ---- public functions
 
 
-def power(weight: Tensor, alpha: float | Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The powered weight θ = φ·|φ|^(α−1), element by element, in one pass.
+def power(
+    weight: Tensor,
+    alpha: float | Tensor,
+    *,
+    words: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The powered weight θ = m·φ·|φ|^(α−1), element by element, in one pass.
+
+    m is the bit of a mask, 1 without one. It selects and does not multiply: where it is 0, θ is +0
+    whatever φ is, NaN and infinity included.
 
     Differentiable with respect to ``weight`` twice (`pp.autograd.Power`); not with respect to
     ``alpha``.
@@ -31,6 +49,8 @@ def power(weight: Tensor, alpha: float | Tensor, *, out: Tensor | None = None) -
         alpha: α ≥ 1, a float or a 0-dim float64 tensor (on the CPU or on ``weight``'s device). A
             tensor may change its value between calls without a recompilation under torch.compile;
             on a GPU its value is not checked, since that would wait for the device.
+        words: the ``words`` of a `pp.BitMask` of ``weight``'s shape, as in `apply_mask`; None, no
+            mask.
         out: an existing tensor of ``weight``'s shape, dtype and device to write into; may be
             ``weight`` itself. Not with gradients: use it under ``torch.no_grad()``.
 
@@ -44,35 +64,45 @@ def power(weight: Tensor, alpha: float | Tensor, *, out: Tensor | None = None) -
 
     Raises:
         TypeError: a dtype or an argument that is not supported.
-        ValueError: α < 1 or not finite, shapes or devices that differ, a gradient asked of α. (The
-            value of an α given as a tensor is checked by the compiled kernel: RuntimeError.)
+        ValueError: α < 1 or not finite, shapes, sizes or devices that do not fit, a gradient asked
+            of α. (The value of an α given as a tensor is checked by the compiled kernel:
+            RuntimeError.)
 
     Source: Schwarz et al., "Powerpropagation: A sparsity inducing weight reparameterisation",
     2021, section 2 (Ψ).
     """
     check_floating("power", "weight", weight)
     alpha = alpha_tensor("power", alpha, weight.device)
+    if words is not None:
+        check_words_for("power", words, weight)
     if out is None:
-        return Power.apply(weight, alpha)
+        return Power.apply(weight, alpha, words)
     _check_out("power", out, weight)
     if _backend.uses_reference():
-        return out.copy_(reference.power(weight, alpha))
-    torch.ops.ppkernels.power_out(weight, alpha, out)
+        return out.copy_(reference.power(weight, alpha, words))
+    torch.ops.ppkernels.power_out(weight, alpha, out, words)
     return _written(out)
 
 
 def power_backward(
-    grad_theta: Tensor, weight: Tensor, alpha: float | Tensor, *, out: Tensor | None = None
+    grad_theta: Tensor,
+    weight: Tensor,
+    alpha: float | Tensor,
+    *,
+    words: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of `power` with respect to its weight: ∂L/∂φ = ∂L/∂θ · α|φ|^(α−1), in one pass.
+    """The gradient of `power` with respect to its weight: ∂L/∂φ = m·∂L/∂θ·α|φ|^(α−1), in one pass.
 
     At φ = 0 the factor is 0 for α > 1 and 1 for α = 1; an infinite or NaN gradient stays not
-    finite there, so that loss scaling sees it. Differentiable once.
+    finite there, so that loss scaling sees it. Where the mask's bit m is 0, the gradient is +0
+    whatever ∂L/∂θ and φ are. Differentiable once.
 
     Args:
         grad_theta: ∂L/∂θ, of ``weight``'s shape, dtype and device.
         weight: φ, as in `power`.
         alpha: α, as in `power`.
+        words: those of ``weight``'s mask, as in `power`.
         out: an existing tensor to write into, as in `power`; may be ``grad_theta`` or ``weight``.
 
     Returns:
@@ -86,23 +116,30 @@ def power_backward(
     check_floating("power_backward", "weight", weight)
     check_like("power_backward", "grad_theta", grad_theta, "weight", weight)
     alpha = alpha_tensor("power_backward", alpha, weight.device)
+    if words is not None:
+        check_words_for("power_backward", words, weight)
     if out is None:
-        return _PowerBackward.apply(grad_theta, weight, alpha)
+        return _PowerBackward.apply(grad_theta, weight, alpha, words)
     _check_out("power_backward", out, weight, grad_theta)
     if _backend.uses_reference():
-        return out.copy_(reference.power_backward(grad_theta, weight, alpha))
-    torch.ops.ppkernels.power_backward_out(grad_theta, weight, alpha, out)
+        return out.copy_(reference.power_backward(grad_theta, weight, alpha, words))
+    torch.ops.ppkernels.power_backward_out(grad_theta, weight, alpha, out, words)
     return _written(out)
 
 
 def power_double_backward(
-    grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: float | Tensor
+    grad_grad_weight: Tensor,
+    grad_theta: Tensor,
+    weight: Tensor,
+    alpha: float | Tensor,
+    *,
+    words: Tensor | None = None,
 ) -> Tensor:
     """The gradient of `power_backward` with respect to its weight, for gradient penalties.
 
-    h·g·α(α−1)·sign(φ)|φ|^(α−2) with h ``grad_grad_weight`` and g ``grad_theta``. At φ = 0, where
-    the second derivative of Ψ is infinite for 1 < α < 2 and jumps at α = 2, it is defined as 0; for
-    α = 1 it is 0 everywhere. Not differentiable.
+    m·h·g·α(α−1)·sign(φ)|φ|^(α−2), h ``grad_grad_weight``, g ``grad_theta``, m the mask's bit. At
+    φ = 0, where the second derivative of Ψ is infinite for 1 < α < 2 and jumps at α = 2, it is
+    defined as 0; for α = 1 it is 0 everywhere. Where the bit is 0, it is +0. Not differentiable.
 
     Args and errors are those of `power_backward`.
     """
@@ -110,8 +147,10 @@ def power_double_backward(
     for name, tensor in (("grad_grad_weight", grad_grad_weight), ("grad_theta", grad_theta)):
         check_like("power_double_backward", name, tensor, "weight", weight)
     alpha = alpha_tensor("power_double_backward", alpha, weight.device)
+    if words is not None:
+        check_words_for("power_double_backward", words, weight)
     _check_no_grad("power_double_backward", grad_grad_weight, grad_theta, weight)
-    return _power_double_backward(grad_grad_weight, grad_theta, weight, alpha)
+    return _power_double_backward(grad_grad_weight, grad_theta, weight, alpha, words)
 
 
 def inverse_power(theta: Tensor, alpha: float | Tensor) -> Tensor:
@@ -213,29 +252,34 @@ _ARGUMENTS = {
 }
 # Ops that also come as <op>_out(..., Tensor(a!) out) -> ().
 _WITH_OUT = ("power", "power_backward")
+# Ops whose last argument is the words of a mask, or None, which may be left away.
+_WITH_MASK = ("power", "power_backward", "power_double_backward")
 
 
 def _define(name: str) -> None:
     """Schema, shapes and reference kernel of one op, and what vmap makes of it."""
     tensors, exponents = _ARGUMENTS[name]
     arguments = ", ".join(f"Tensor {argument}" for argument in (*tensors, *exponents))
+    mask = ", Tensor? words=None" if name in _WITH_MASK else ""
+    numbers = slice(len(tensors), len(tensors) + len(exponents))
     tags = (torch.Tag.pt2_compliant_tag,)
 
     def shape(*args: Tensor) -> Tensor:
         return torch.empty_like(args[len(tensors) - 1])
 
-    def kernel(*args: Tensor) -> Tensor:
+    def kernel(*args: Any) -> Tensor:
         # The compiled kernels check the exponent's value themselves. A GPU is not waited for.
-        for exponent in args[len(tensors) :]:
+        for exponent in args[numbers]:
             if exponent.device.type == "cpu":
                 check_alpha(name, exponent.item())
-        result: Tensor = getattr(reference, name)(*args)
-        out = shape(*args)
-        return result if result.stride() == out.stride() else out.copy_(result)
+        for words in args[numbers.stop :]:
+            if words is not None:
+                check_words(name, words, args[len(tensors) - 1].numel())
+        return laid_out_as(getattr(reference, name)(*args), shape(*args))
 
-    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         # Elementwise: a batch dimension is one more dimension.
-        if any(dim is not None for dim in in_dims[len(tensors) :]):
+        if any(dim is not None for dim in in_dims[numbers]):
             raise RuntimeError(
                 f"vmap over {name}: the exponent cannot be batched; batch the weights instead, "
                 "with one exponent for all"
@@ -244,21 +288,26 @@ def _define(name: str) -> None:
             value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
             for value, dim in zip(args[: len(tensors)], in_dims, strict=False)
         ]
-        op = getattr(torch.ops.ppkernels, name).default
-        return op(*values, *args[len(tensors) :]), 0
+        result = getattr(torch.ops.ppkernels, name).default(*values, *args[numbers])
+        for words, dim in zip(args[numbers.stop :], in_dims[numbers.stop :], strict=True):
+            # A mask's bits are in the order of one weight, not of a batch of them.
+            if words is not None:
+                bits = unpacked(words if dim is None else words.movedim(dim, 0), result.shape[1:])
+                result = torch.where(bits, result, 0.0)
+        return result, 0
 
-    torch.library.define(f"ppkernels::{name}", f"({arguments}) -> Tensor", tags=tags)
+    torch.library.define(f"ppkernels::{name}", f"({arguments}{mask}) -> Tensor", tags=tags)
     torch.library.register_fake(f"ppkernels::{name}", shape)
     # The reference, wherever nothing better is registered for a device.
     torch.library.impl(f"ppkernels::{name}", "CompositeExplicitAutograd", kernel)
     torch.library.register_vmap(f"ppkernels::{name}", batched)
     if name in _WITH_OUT:
 
-        def kernel_into(*args: Tensor) -> None:
-            args[-1].copy_(kernel(*args[:-1]))
+        def kernel_into(*args: Any) -> None:
+            args[numbers.stop].copy_(kernel(*args[: numbers.stop], *args[numbers.stop + 1 :]))
 
         into = f"ppkernels::{name}_out"
-        torch.library.define(into, f"({arguments}, Tensor(a!) out) -> ()", tags=tags)
+        torch.library.define(into, f"({arguments}, Tensor(a!) out{mask}) -> ()", tags=tags)
         torch.library.register_fake(into, lambda *args: None)
         torch.library.impl(into, "CompositeExplicitAutograd", kernel_into)
 
@@ -313,37 +362,47 @@ def _refuse_untraceable_gradients() -> None:
         )
 
 
-def _power(weight: Tensor, alpha: Tensor) -> Tensor:
+def _power(weight: Tensor, alpha: Tensor, words: Tensor | None) -> Tensor:
     if _backend.uses_reference():
-        return reference.power(weight, alpha)
+        return laid_out_as(reference.power(weight, alpha, words), torch.empty_like(weight))
     if torch.compiler.is_compiling():
         _refuse_untraceable_gradients()
-        return _POWER(weight, alpha)
-    return _POWER_NOW(weight, alpha)
+        return _POWER(weight, alpha, words)
+    return _POWER_NOW(weight, alpha, words)
 
 
-def _power_backward(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
+def _power_backward(
+    grad_theta: Tensor, weight: Tensor, alpha: Tensor, words: Tensor | None
+) -> Tensor:
     if _backend.uses_reference():
-        return reference.power_backward(grad_theta, weight, alpha)
+        result = reference.power_backward(grad_theta, weight, alpha, words)
+        return laid_out_as(result, torch.empty_like(weight))
     if torch.compiler.is_compiling():
         _refuse_untraceable_gradients()
-        return _POWER_BACKWARD(grad_theta, weight, alpha)
-    return _POWER_BACKWARD_NOW(grad_theta, weight, alpha)
+        return _POWER_BACKWARD(grad_theta, weight, alpha, words)
+    return _POWER_BACKWARD_NOW(grad_theta, weight, alpha, words)
 
 
 def _power_double_backward(
-    grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: Tensor
+    grad_grad_weight: Tensor,
+    grad_theta: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    words: Tensor | None,
 ) -> Tensor:
+    inputs = (grad_grad_weight, grad_theta, weight, alpha, words)
     if _backend.uses_reference():
-        return reference.power_double_backward(grad_grad_weight, grad_theta, weight, alpha)
-    return _POWER_DOUBLE_BACKWARD(grad_grad_weight, grad_theta, weight, alpha)
+        return laid_out_as(reference.power_double_backward(*inputs), torch.empty_like(weight))
+    return _POWER_DOUBLE_BACKWARD(*inputs)
 
 
 class Power(torch.autograd.Function):
-    """θ = φ·|φ|^(α−1) with the hand-written gradient ∂L/∂θ · α|φ|^(α−1).
+    """θ = m·φ·|φ|^(α−1) with the hand-written gradient m·∂L/∂θ·α|φ|^(α−1).
 
-    ``Power.apply(weight, alpha)``: φ of any shape and a 0-dim float64 tensor α; returns θ. Plain
-    autograd over ``w * w.abs().pow(alpha - 1)`` gives NaN at φ = 0 for 1 < α < 2; this does not.
+    ``Power.apply(weight, alpha, words=None)``: φ of any shape, a 0-dim float64 tensor α, and the
+    words of a mask with the bits m; returns θ. Where m is 0, θ and the gradient are +0, whatever φ
+    and ∂L/∂θ are. Plain autograd over ``w * w.abs().pow(alpha - 1)`` gives NaN at φ = 0 for
+    1 < α < 2; this does not.
     Differentiable twice, works under torch.func.vmap, grad and jacrev and in
     torch.compile(fullgraph=True), though gradients of torch.func inside torch.compile break the
     graph (Note [torch.func inside torch.compile]); forward-mode differentiation is refused with
@@ -351,25 +410,24 @@ class Power(torch.autograd.Function):
     """
 
     @classmethod
-    def apply(cls, weight: Tensor, alpha: Tensor) -> Tensor:
+    def apply(cls, weight: Tensor, alpha: Tensor, words: Tensor | None = None) -> Tensor:
         # torch.func needs a Function with setup_context, and for those PyTorch binds the signature
         # anew in every call: 15 µs instead of 5 for a weight of 64 × 64.
         if torch._C._are_functorch_transforms_active():
-            return _TransformablePower.apply(weight, alpha)
-        return _apply_power(weight, alpha)
+            return _TransformablePower.apply(weight, alpha, words)
+        return _apply_power(weight, alpha, words)
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, alpha)
-        return _power(weight, alpha)
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor, words: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, alpha, words)
+        return _power(weight, alpha, words)
 
     @staticmethod
-    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None]:
-        weight, alpha = ctx.saved_tensors
+    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None, None]:
         # The second Function costs some µs; without a double backward the op alone will do.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _PowerBackward.apply(grad_theta, weight, alpha), None
-        return _power_backward(grad_theta, weight, alpha), None
+            return _PowerBackward.apply(grad_theta, *ctx.saved_tensors), None, None
+        return _power_backward(grad_theta, *ctx.saved_tensors), None, None
 
 
 _apply_power = super(Power, Power).apply
@@ -381,58 +439,64 @@ class _TransformablePower(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, alpha: Tensor) -> Tensor:
-        return _power(weight, alpha)
+    def forward(weight: Tensor, alpha: Tensor, words: Tensor | None) -> Tensor:
+        return _power(weight, alpha, words)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None]:
-        weight, alpha = ctx.saved_tensors
-        return _PowerBackward.apply(grad_theta, weight, alpha), None
+    def backward(ctx: Any, grad_theta: Tensor) -> tuple[Tensor, None, None]:
+        return _PowerBackward.apply(grad_theta, *ctx.saved_tensors), None, None
 
 
 class _PowerBackward(torch.autograd.Function):
-    """g·α|φ|^(α−1) as a function of g and φ."""
+    """m·g·α|φ|^(α−1) as a function of g and φ."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_theta: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-        return _power_backward(grad_theta, weight, alpha)
+    def forward(grad_theta: Tensor, weight: Tensor, alpha: Tensor, words: Tensor | None) -> Tensor:
+        return _power_backward(grad_theta, weight, alpha, words)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad_weight: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_theta, weight, alpha = ctx.saved_tensors
-        for_grad, for_weight, _ = ctx.needs_input_grad
+    def backward(
+        ctx: Any, grad_grad_weight: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_theta, *rest = ctx.saved_tensors
+        for_grad, for_weight, *_ = ctx.needs_input_grad
         return (
-            _PowerBackward.apply(grad_grad_weight, weight, alpha) if for_grad else None,
-            _PowerDoubleBackward.apply(grad_grad_weight, grad_theta, weight, alpha)
-            if for_weight
-            else None,
+            _PowerBackward.apply(grad_grad_weight, *rest) if for_grad else None,
+            _PowerDoubleBackward.apply(grad_grad_weight, grad_theta, *rest) if for_weight else None,
+            None,
             None,
         )
 
 
 class _PowerDoubleBackward(torch.autograd.Function):
-    """h·g·α(α−1)·sign(φ)|φ|^(α−2), the end of the line: asking for its gradient is an error."""
+    """m·h·g·α(α−1)·sign(φ)|φ|^(α−2), the end of the line: asking for its gradient is an error."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        grad_grad_weight: Tensor, grad_theta: Tensor, weight: Tensor, alpha: Tensor
+        grad_grad_weight: Tensor,
+        grad_theta: Tensor,
+        weight: Tensor,
+        alpha: Tensor,
+        words: Tensor | None,
     ) -> Tensor:
-        return _power_double_backward(grad_grad_weight, grad_theta, weight, alpha)
+        return _power_double_backward(grad_grad_weight, grad_theta, weight, alpha, words)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
         pass
 
     @staticmethod

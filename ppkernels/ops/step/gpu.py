@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppkernels.ops._point import scaled_power, signed_power, with_sign
+from ppkernels.ops._tile import tile_bits, tile_offsets
 from ppkernels.ops.step.constants import (
     COLUMN_FIRST_BLOCK,
     COLUMN_GRAD,
@@ -278,10 +279,7 @@ def _free(row, all_rows, start, left, BLOCK: tl.constexpr):
     """Whether the elements may move, [BLOCK/8, 8]; true where the weight has no mask."""
     address = tl.load(row + COLUMN_MASK * all_rows)
     words = address.to(tl.pointer_type(tl.uint8)) + start // 8
-    offsets = tl.arange(0, BLOCK // 8)
-    there = (address != 0) & (offsets * 8 < left)
-    word = tl.load(words + offsets, mask=there, other=255).to(tl.int32)
-    return ((word[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
+    return tile_bits(words, tl.where(address == 0, 0, (left + 7) // 8), 255, BLOCK // 8) != 0
 
 
 @triton.jit
@@ -310,7 +308,7 @@ def _step_block(
     """
     COMPUTE: tl.constexpr = tl.float64 if WEIGHT == tl.float64 else tl.float32
     PRECISE: tl.constexpr = STATE.primitive_bitwidth > 16
-    tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tile = tile_offsets(BLOCK // 8)
     start = (block - tl.load(row + COLUMN_FIRST_BLOCK * all_rows)) * BLOCK
     left = tl.minimum(tl.load(row + COLUMN_NUMEL * all_rows) - start, BLOCK).to(tl.int32)
 

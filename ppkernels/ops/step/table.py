@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ppkernels._checks import check_floating, is_captured
-from ppkernels.ops._layout import is_dense, same_layout
+from ppkernels.ops._layout import arranged_words, is_dense, same_layout
 
 HEAD = (
     # Numbers; which of them mean something depends on the optimizer. `decoupled_rate` is λ for
@@ -234,7 +234,7 @@ def _row(lists: Lists, i: int, table: Table) -> Row:
         state_dtype = torch.float32
         words["master"] = memory_of(lists.masters[i])
     if lists.masks and lists.masks[i].numel() != 0:
-        arranged = _arranged_words(lists.op, lists.masks[i], layout)
+        arranged = arranged_words(lists.op, lists.masks[i], layout)
         if arranged is not lists.masks[i]:
             table.in_use.append(arranged)
         words["mask"] = arranged.data_ptr()
@@ -248,23 +248,6 @@ def _row(lists: Lists, i: int, table: Table) -> Row:
     addresses = [words[name] for name in ("weight", "grad", "master", "state0", "state1", "state2")]
     is_aligned = all(address % 16 == 0 for address in addresses)
     return Row((weight.dtype, state_dtype, is_aligned, words["master"] != 0), i, words)
-
-
-def _arranged_words(op: str, words: Tensor, layout: Tensor) -> Tensor:
-    """A mask's words with bit m for the element at offset m of ``layout``, which is dense."""
-    size = (layout.numel() + 7) // 8
-    fits = words.dtype == torch.uint8 and words.shape == (size,) and words.is_contiguous()
-    if not fits or words.device != layout.device:
-        raise RuntimeError(
-            f"{op}: words must be a contiguous uint8 tensor of {size} bytes on {layout.device}, "
-            f"one bit for each of {layout.numel()} entries, got {_described(words)}"
-        )
-    if layout.is_contiguous():
-        return words
-    free = torch.ops.ppkernels.unpack_bits(words, list(layout.shape))
-    arranged = torch.empty_like(layout, dtype=torch.bool).copy_(free)
-    packed: Tensor = torch.ops.ppkernels.pack_bits(arranged.as_strided((layout.numel(),), (1,)))
-    return packed
 
 
 def _set_alpha(lists: Lists, alpha: Tensor, device: torch.device, words: dict[str, int]) -> None:
