@@ -22,7 +22,12 @@ from ppkernels.ops._point import scaled_power, signed_power
 # Chosen for bytes in flight, not tuned on hardware. Results do not depend on it; tests in Triton's
 # interpreter, where a program costs about a millisecond, raise it.
 BLOCK_BYTES = 4096
-_WARPS = 4
+
+
+def launch_choices(element_size: int) -> dict[str, int]:
+    """What every launch fixes, for elements of so many bytes; the compiled code depends on it."""
+    return {"BLOCK": BLOCK_BYTES // element_size, "num_warps": 4}
+
 
 # ---- the derivatives of a point
 
@@ -191,11 +196,11 @@ def _launch(kernel: Any, inputs: list[Tensor], out: Tensor, *exponents: Tensor |
         value if same_layout(value, out) else torch.empty_like(out).copy_(value) for value in inputs
     ]
     alphas = [_kernel_argument(alpha, out.device) for alpha in exponents]
-    block = BLOCK_BYTES // out.element_size()
+    choices = launch_choices(out.element_size())
     # A kernel goes to the current device, which need not be that of the tensors.
     with torch.cuda.device_of(out):
-        grid = (triton.cdiv(numel, block),)
-        kernel[grid](*arranged, out, *alphas, numel, BLOCK=block, num_warps=_WARPS)
+        grid = (triton.cdiv(numel, choices["BLOCK"]),)
+        kernel[grid](*arranged, out, *alphas, numel, **choices)
 
 
 def _kernel_argument(alpha: Tensor | None, device: torch.device) -> Tensor | int | None:
