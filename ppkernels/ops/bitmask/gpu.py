@@ -21,7 +21,11 @@ from ppkernels.ops._tile import tile_bits, tile_offsets
 # Words of a program: 4096 entries. Not tuned on hardware; results do not depend on it, and tests in
 # Triton's interpreter, where a program costs about a millisecond, raise it.
 BLOCK_WORDS = 512
-_WARPS = 4
+
+
+def launch_choices() -> dict[str, int]:
+    """What every launch fixes; the compiled code depends on it."""
+    return {"BLOCK": BLOCK_WORDS, "num_warps": 4}
 
 
 @triton.jit
@@ -134,4 +138,4 @@ def _launch(kernel: Any, words: Tensor, *args: Any) -> None:
     # A kernel goes to the current device, which need not be that of the tensors.
     with torch.cuda.device_of(words):
         grid = (triton.cdiv(words.numel(), BLOCK_WORDS),)
-        kernel[grid](*args, BLOCK=BLOCK_WORDS, num_warps=_WARPS)
+        kernel[grid](*args, **launch_choices())

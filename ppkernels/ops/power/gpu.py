@@ -25,7 +25,12 @@ from ppkernels.ops._tile import tile_bits, tile_offsets
 # Chosen for bytes in flight, not tuned on hardware. Results do not depend on it; tests in Triton's
 # interpreter, where a program costs about a millisecond, raise it.
 BLOCK_BYTES = 4096
-_WARPS = 4
+
+
+def launch_choices(element_size: int) -> dict[str, int]:
+    """What every launch fixes, for elements of so many bytes; the compiled code depends on it."""
+    return {"BLOCK": BLOCK_BYTES // element_size, "num_warps": 4}
+
 
 # ---- the derivatives of a point
 
@@ -240,11 +245,11 @@ def _launch(
         for value in inputs
     ]
     alphas = [exponent_argument(alpha, out.device) for alpha in exponents]
-    block = BLOCK_BYTES // out.element_size()
+    choices = launch_choices(out.element_size())
     # A kernel goes to the current device, which need not be that of the tensors.
     with torch.cuda.device_of(out):
-        grid = (triton.cdiv(numel, block),)
-        kernel[grid](*arranged, out, words, *alphas, numel, BLOCK=block, num_warps=_WARPS)
+        grid = (triton.cdiv(numel, choices["BLOCK"]),)
+        kernel[grid](*arranged, out, words, *alphas, numel, **choices)
 
 
 def exponent_argument(alpha: Tensor | None, device: torch.device) -> Tensor | int | None:

@@ -56,7 +56,8 @@ def product_kernel(
     tile of the weight sticks out.
     """
     PRECISE: tl.constexpr = COMPUTE == tl.float32
-    exponent = exponent_of(alpha)
+    # As a block, although of one element: for a scalar the power branches, with a tile in registers.
+    exponent = tl.full([1, 1], 0.0, tl.float64) + exponent_of(alpha)
     first_row = tl.program_id(0) * ROWS
     first_batch = tl.program_id(1) * BATCH
     split = tl.program_id(2)
