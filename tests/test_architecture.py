@@ -19,7 +19,12 @@ SHARED = ("ppkernels._checks", "ppkernels._powered")
 CHECKED = ("ppkernels._checks", "ppkernels._backend")
 BITS = "ppkernels.ops._bits"
 LAYOUT = "ppkernels.ops._layout"
-SHARED_BY_KERNELS = (LAYOUT, "ppkernels.ops._point", "ppkernels.ops._tile")
+SHARED_BY_KERNELS = (
+    LAYOUT,
+    "ppkernels.ops._device",
+    "ppkernels.ops._point",
+    "ppkernels.ops._tile",
+)
 POWER_GPU = "ppkernels.ops.power.gpu"
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
@@ -38,6 +43,7 @@ IMPORTS = [
     ("testing_steps.py", ["torch.*", "mpmath", "ppkernels"]),
     ("ops/__init__.py", ["ppkernels.ops.*"]),
     ("ops/_bits.py", ["torch.*"]),
+    ("ops/_device.py", ["torch.*"]),
     ("ops/_layout.py", ["torch.*"]),
     ("ops/_point.py", ["triton.*"]),
     ("ops/_tile.py", ["triton.*"]),

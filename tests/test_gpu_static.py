@@ -281,7 +281,8 @@ def test_matrix_instructions_are_found(name: str, kernels: Any) -> None:
         kernel=kernels.product_of_matrices,
         types={"a": "*bf16", "b": "*bf16", "out": "*fp32"},
         choices=lambda target: {"SIZE": 64, "num_warps": 4},
-        work=Matrix(64, 64, 64, "bf16", 3 * 64 * 64),
+        work=Matrix(2 * 64**3, "bf16", 3 * 64 * 64, Arm("product_of_matrices"), 64 * 64, 64 * 64),
+        files=(kernels.path,),
     )
     measured = measure(row, name)
     assert measured.matrix_instructions > 0

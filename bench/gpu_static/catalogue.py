@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from bench.gpu_static.paths import Arm, Way
-from bench.gpu_static.row import Elementwise, Row, Stream
-from bench.gpu_static.targets import Target
+from bench.gpu_static.row import Elementwise, Matrix, Row, Stream
+from bench.gpu_static.targets import TARGETS, Target
+from ppkernels.ops import _point, _tile
 from ppkernels.ops.bitmask import gpu as bitmask
 from ppkernels.ops.power import gpu as power
+from ppkernels.ops.power_linear import gpu as power_linear
+from ppkernels.ops.power_linear import kernels as products
 from ppkernels.ops.step import gpu as step
 
 DTYPES = {
@@ -30,10 +33,12 @@ WORD = 1 / 8
 """Bytes of mask an entry."""
 
 LOADED, STORED = Arm("_load"), Arm("_store")
+BITS_READ = Stream("read words", WORD, Arm("tile_bits"), is_wide=False)
 
 
-def files_of(module: Any) -> tuple[Path, ...]:
-    return (Path(module.__file__),)
+def files_of(*modules: Any) -> tuple[Path, ...]:
+    """The files of a room's functions, and of what rooms share."""
+    return tuple(Path(module.__file__) for module in (*modules, _point, _tile))
 
 
 def full_block(test: str, *arms: Arm) -> Way:
@@ -78,25 +83,36 @@ POWER: Mapping[str, tuple[Any, tuple[str, ...], Mapping[str, str | None], str]] 
 
 
 def power_rows() -> list[Row]:
-    return [_power_row(name, dtype) for name in POWER for dtype in DTYPES]
+    masked = ("power", "power_backward")
+    return [
+        *(_power_row(name, dtype) for name in POWER for dtype in DTYPES),
+        *(_power_row(name, dtype, True) for name in masked for dtype in ("fp32", "bf16")),
+    ]
 
 
-def _power_row(name: str, dtype: str) -> Row:
+def _power_row(name: str, dtype: str, is_masked: bool = False) -> Row:
     kernel, inputs, exponents, operations = POWER[name]
     size = DTYPES[dtype].itemsize
     given = {argument: kind for argument, kind in exponents.items() if kind is not None}
     absent = {argument: None for argument, kind in exponents.items() if kind is None}
+    values = dict.fromkeys((*inputs, "out"), f"*{dtype}")
+    streams = [
+        Stream(f"read {', '.join(inputs)}", len(inputs) * size, LOADED),
+        Stream("write out", size, STORED),
+    ]
+    if is_masked:
+        values["words"], operations = "*u8", f"{operations}, a choice"
+        streams.append(BITS_READ)
+    else:
+        absent["words"] = None
     return Row(
-        name=f"{name}/{dtype}",
+        name=f"{name}/{dtype}" + "/masked" * is_masked,
         kernel=kernel,
-        types={**dict.fromkeys((*inputs, "out"), f"*{dtype}"), **given, "numel": "i32"},
-        choices=lambda target: {**power.launch_choices(size), **absent},
+        types={**values, **given, "numel": "i32"},
+        choices=lambda target: {**power.launch_choices(size, is_masked, target.lanes), **absent},
         work=Elementwise(
-            elements=power.launch_choices(size)["BLOCK"],
-            streams=(
-                Stream(f"read {', '.join(inputs)}", len(inputs) * size, LOADED),
-                Stream("write out", size, STORED),
-            ),
+            elements=power.launch_choices(size, is_masked, 32)["BLOCK"],
+            streams=tuple(streams),
             operations=operations,
             ways={"usual": full_block("start + BLOCK <= numel", LOADED, STORED)},
             is_memory_bound=dtype != "fp64",
@@ -108,8 +124,6 @@ def _power_row(name: str, dtype: str) -> Row:
 
 # ---- bitmask; pack and count run when a mask changes, not in every step, and are known to be
 # bound by their instructions
-
-BITS_READ = Stream("read words", WORD, Arm("_load_bits"), is_wide=False)
 
 
 def bitmask_rows() -> list[Row]:
@@ -276,8 +290,7 @@ def _step_streams(weight: int, state: int, variant: Mapping[str, Any]) -> tuple[
     kept = variant["STATES"] * state + 4 * variant["MASTERS"]
     read = Stream("read weight, gradient, states", 2 * weight + kept, LOADED)
     written = Stream("write weight, states", weight + kept, STORED)
-    words = Stream("read mask words", WORD, Arm("_free"), is_wide=False)
-    return (read, written, words) if variant["MASKS"] else (read, written)
+    return (read, written, BITS_READ) if variant["MASKS"] else (read, written)
 
 
 def _step_operations(variant: Mapping[str, Any]) -> str:
@@ -308,5 +321,155 @@ def _prepare_row() -> Row:
     )
 
 
-ROWS: tuple[Row, ...] = (*power_rows(), *bitmask_rows(), *step_rows())
+# ---- products: a weight of 2048 × 2048 and a batch of 128, a weight whose tiles stick out, and one
+# that has few tiles
+
+BATCH, FEATURES, RAGGED, FEW = 128, 2048, 2032, 512
+# Dtypes of the batch and of φ, the direction (is the weight read across?), its size, is it masked?
+PRODUCTS: Mapping[str, tuple[str, str, bool, int, bool]] = {
+    "forward/bf16,fp32": ("bf16", "fp32", False, FEATURES, False),
+    "forward/bf16,fp32/masked": ("bf16", "fp32", False, FEATURES, True),
+    "forward/bf16,fp32/ragged": ("bf16", "fp32", False, RAGGED, False),
+    "forward/fp16": ("fp16", "fp16", False, FEATURES, False),
+    "forward/fp32": ("fp32", "fp32", False, FEATURES, False),
+    "grad_input/bf16,fp32": ("bf16", "fp32", True, FEATURES, False),
+    "grad_input/bf16/masked,ragged": ("bf16", "bf16", True, RAGGED, True),
+    "grad_input/fp32/masked,ragged": ("fp32", "fp32", True, RAGGED, True),
+}
+GRADIENTS: Mapping[str, tuple[str, str, int, bool]] = {
+    "grad_weight/bf16,fp32": ("bf16", "fp32", FEATURES, False),
+    "grad_weight/bf16,fp32/masked,ragged": ("bf16", "fp32", RAGGED, True),
+    "grad_weight/fp16/few": ("fp16", "fp16", FEW, False),
+    "grad_weight/fp32": ("fp32", "fp32", FEATURES, False),
+    "grad_weight/fp32/masked,few": ("fp32", "fp32", FEW, True),
+}
+H100_PROCESSORS = 132
+SIZES = {"batch": "i32", "rows": "i32:16"}
+
+
+def product_rows() -> list[Row]:
+    return [
+        *(_product_row(name) for name in PRODUCTS),
+        *(_gradient_row(name) for name in GRADIENTS),
+        _sum_row(),
+    ]
+
+
+def _product_row(name: str) -> Row:
+    dtype, stored, is_across, size, is_masked = PRODUCTS[name]
+    types = {"input": f"*{dtype}", "weight": f"*{stored}", "alpha": "*fp64", "out": f"*{dtype}"}
+    types |= {**SIZES, "contracted": "i32:16", "contracted_per_split": "i32:16"}
+    types |= {"input_stride_batch": "i32:16"}
+    # Along the rows of the product, φ and its bits are neighbours where they are read across.
+    near, far = ("row", "contracted") if is_across else ("contracted", "row")
+    types |= {f"weight_stride_{far}": "i32:16", f"bit_stride_{far}": "i32:16"}
+    fixed = {"input_stride_contracted": 1, f"weight_stride_{near}": 1, f"bit_stride_{near}": 1}
+    if is_across:
+        fixed["bias"] = None
+    else:
+        types["bias"] = "*fp32"
+    if is_masked:
+        types["words"] = "*u8"
+    else:
+        fixed["words"] = None
+
+    def choices(target: Target) -> Mapping[str, Any]:
+        sizes = (BATCH, size, size, is_masked, not target.is_nvidia)
+        return {**power_linear.product_choices(DTYPES[dtype], *sizes), **fixed}
+
+    tiles = power_linear.product_tiles(DTYPES[dtype].itemsize, size, size, is_masked)
+    return Row(
+        name=f"power_linear/{name}",
+        kernel=products.product_kernel,
+        types=types,
+        choices=choices,
+        work=_matrix(
+            dtype,
+            size,
+            bytes_of_weight=DTYPES[stored].itemsize,
+            powered=Arm("signed_power"),
+            tile=tiles.rows * tiles.across,
+            times=-(-BATCH // tiles.batch),
+        ),
+        files=files_of(products, power),
+        rounds_to=ROUNDED.get(dtype),
+    )
+
+
+def _gradient_row(name: str) -> Row:
+    dtype, stored, size, is_masked = GRADIENTS[name]
+    types = {"grad_output": f"*{dtype}", "input": f"*{dtype}", "weight": f"*{stored}"}
+    types |= {"out": f"*{stored}", "alpha": "*fp64", **SIZES, "columns": "i32:16"}
+    strides = ("grad_stride_batch", "input_stride_batch", "weight_stride_row")
+    types |= dict.fromkeys(strides, "i32:16")
+    neighbours = ("grad_stride_row", "input_stride_column", "weight_stride_column")
+    fixed: dict[str, Any] = dict.fromkeys(neighbours, 1)
+    if is_masked:
+        types["words"] = "*u8"
+    else:
+        fixed["words"] = None
+
+    def choices(target: Target) -> Mapping[str, Any]:
+        sizes = (BATCH, size, size, H100_PROCESSORS, not target.is_nvidia)
+        return {**power_linear.gradient_choices(DTYPES[dtype], *sizes), **fixed}
+
+    chosen = choices(TARGETS["sm_90"])
+    return Row(
+        name=f"power_linear/{name}",
+        kernel=products.grad_weight_kernel,
+        types=types,
+        choices=choices,
+        work=_matrix(
+            dtype,
+            size,
+            bytes_of_weight=2 * DTYPES[stored].itemsize,
+            powered=Arm("power_slope"),
+            tile=chosen["ROWS"] * chosen["COLUMNS"],
+            times=1,
+        ),
+        files=files_of(products, power),
+        rounds_to=ROUNDED.get(stored),
+    )
+
+
+def _matrix(
+    dtype: str, size: int, bytes_of_weight: int, powered: Arm, tile: int, times: int
+) -> Matrix:
+    """A product of a batch with a square weight, which is powered as many ``times``."""
+    # Two tensors of the batch's size are read or written.
+    moved = size * size * bytes_of_weight + 2 * BATCH * size * DTYPES[dtype].itemsize
+    is_single = dtype == "fp32"
+    return Matrix(
+        flops=(3 if is_single else 1) * 2 * BATCH * size * size,
+        dtype="tf32" if is_single else dtype,
+        bytes_moved=moved,
+        powered=powered,
+        tile=tile,
+        powers=times * size * size,
+    )
+
+
+def _sum_row() -> Row:
+    return Row(
+        name="power_linear/add_up",
+        kernel=products.add_up_kernel,
+        types={"partials": "*fp32", "out": "*bf16", "numel": "i32:16", "rows": "i32:16"},
+        # One part, of which compilers cannot unroll the loop.
+        choices=lambda target: {
+            **power_linear.sum_choices(not target.is_nvidia),
+            "bias": None,
+            "splits": 1,
+        },
+        work=Elementwise(
+            elements=power_linear.sum_choices(False)["BLOCK"],
+            streams=(Stream("read a part, write out", 6, Arm("_add_up")),),
+            operations="an addition",
+            ways={"usual": full_block("start + BLOCK <= numel", Arm("add_up_kernel"))},
+        ),
+        files=files_of(products),
+        rounds_to="bf16",
+    )
+
+
+ROWS: tuple[Row, ...] = (*power_rows(), *bitmask_rows(), *step_rows(), *product_rows())
 """Every row, in the order in which they are compiled and printed."""

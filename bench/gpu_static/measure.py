@@ -13,8 +13,8 @@ from typing import Any
 
 from bench.gpu_static import roofline
 from bench.gpu_static.listing import Block, Instruction, Resources, read
-from bench.gpu_static.paths import lines_of_all, path
-from bench.gpu_static.row import Elementwise, Row, Stream
+from bench.gpu_static.paths import comes_from, lines_of_all, path
+from bench.gpu_static.row import Elementwise, Matrix, Row, Stream
 from bench.gpu_static.targets import TARGETS, Target, compile_kernel
 from bench.timing import core_ids
 
@@ -27,7 +27,8 @@ H100 = "sm_90"
 class WayCount:
     """One way through an elementwise kernel, for each element; see Note [What is counted].
 
-    ``seconds`` is the H100's for `SIZE` elements, and ``bound`` what takes them; None elsewhere.
+    ``seconds`` is the H100's for `SIZE` elements, or for the row's product of matrices, and
+    ``bound`` what takes them; None elsewhere.
     """
 
     instructions: float
@@ -46,8 +47,7 @@ class Measured:
         matrix_instructions: in the whole code.
         load_bits, store_bits: widths of the accesses of streams that have to be wide.
         stream_bytes: of an element, that full blocks move, by stream.
-        ways: by name.
-        seconds: of a product of matrices on an H100.
+        ways: by name; of a product of matrices "power", the power of an element of its weight.
         keeps_subnormals: no instruction takes subnormal numbers for 0, but for exp2, whose
             results the kernels keep away from them.
         rounds_to_nearest: half types are rounded so; None where the row has none, or on AMD, where
@@ -60,7 +60,6 @@ class Measured:
     store_bits: tuple[int, ...] = ()
     stream_bytes: dict[str, float] = field(default_factory=dict)
     ways: dict[str, WayCount] = field(default_factory=dict)
-    seconds: float | None = None
     keeps_subnormals: bool = True
     rounds_to_nearest: bool | None = None
 
@@ -84,9 +83,9 @@ def measure(row: Row, name: str) -> Measured:
     if isinstance(row.work, Elementwise):
         per_thread = row.work.elements / (choices["num_warps"] * target.lanes)
         found = _elementwise(row, row.work, blocks, per_thread, is_h100=name == H100)
-    elif row.work is not None and name == H100:
-        work = row.work
-        found["seconds"] = roofline.matrix(work.flops, work.bytes_moved, work.dtype).seconds
+    elif row.work is not None:
+        per_thread = row.work.tile / (choices["num_warps"] * target.lanes)
+        found["ways"] = {"power": _powers(row, row.work, code, per_thread, name == H100)}
     return Measured(
         resources=resources,
         matrix_instructions=sum(instruction.is_matrix for instruction in code),
@@ -137,6 +136,21 @@ def _count(found: Sequence[Instruction], per_thread: float, floor: float | None)
     if floor is None:
         return count
     time = roofline.elementwise(found, per_thread, floor, SIZE)
+    return WayCount(count.instructions, count.special, time.seconds, time.bound)
+
+
+def _powers(
+    row: Row, work: Matrix, code: Sequence[Instruction], per_thread: float, is_h100: bool
+) -> WayCount:
+    """What the power of an element takes, wherever it stands in the code."""
+    lines = lines_of_all(row.files, [work.powered])
+    found = [instruction for instruction in code if comes_from(instruction, lines)]
+    special = sum(instruction.is_special for instruction in found)
+    count = WayCount(round(len(found) / per_thread, 2), round(special / per_thread, 2))
+    if not is_h100:
+        return count
+    issued = work.powers * count.instructions
+    time = roofline.matrix(work.flops, work.bytes_moved, work.dtype, issued)
     return WayCount(count.instructions, count.special, time.seconds, time.bound)
 
 

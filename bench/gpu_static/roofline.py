@@ -87,6 +87,7 @@ def elementwise(
     return Estimate(size * bytes_per_element / BANDWIDTH, times)
 
 
-def matrix(flops: float, bytes_moved: float, dtype: str) -> Estimate:
-    """The time of a product of matrices."""
-    return Estimate(bytes_moved / BANDWIDTH, {"matrix": flops / MATRIX_PEAK[dtype]})
+def matrix(flops: float, bytes_moved: float, dtype: str, issued: float) -> Estimate:
+    """The time of a product of matrices beside which ``issued`` instructions of threads run."""
+    units = {"matrix": flops / MATRIX_PEAK[dtype], "issue": issued / lanes_per_second("issue")}
+    return Estimate(bytes_moved / BANDWIDTH, units)

@@ -55,20 +55,23 @@ class Elementwise:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A product of matrices: [m, k] times [k, n], of ``dtype`` (a key of roofline.MATRIX_PEAK).
+    """A product of matrices, one of which is powered on its way, or a powered product.
 
-    ``bytes_moved`` is what such a product must read and write at the least.
+    Attributes:
+        flops: of one call of a stated size, on the matrix units.
+        dtype: of the product, a key of roofline.MATRIX_PEAK.
+        bytes_moved: what such a call must read and write at the least.
+        powered: the function of the source that powers an element.
+        tile: elements that a program powers in a turn of its loop, or at its end.
+        powers: elements that all programs of the call power.
     """
 
-    m: int
-    n: int
-    k: int
+    flops: int
     dtype: str
     bytes_moved: int
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.m * self.n * self.k
+    powered: Arm
+    tile: int
+    powers: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Row:
     Attributes:
         name: unique; ``--kernel`` selects rows by parts of it.
         kernel: the function under ``triton.jit``.
-        types: Triton's type of each argument that is a value ("*fp32" for a tensor).
+        types: Triton's type of each argument that is a value ("*fp32" for a tensor; "i32:16" for a
+            number that is known to be a multiple of 16).
         choices: what else the launcher passes on a target: constexpr arguments and options.
         work: what it does, None for a kernel whose time does not matter.
         files: sources that its functions stand in.

@@ -39,8 +39,7 @@ def _lines(row: Row, found: Measured, is_h100: bool) -> list[list[str]]:
     spill = str(resources.stack_bytes + resources.spilled_bytes)
     cells = [row.name, str(resources.registers), spill, str(resources.shared_bytes)]
     if not isinstance(row.work, Elementwise):
-        time = [""] * 7 + [duration(found.seconds) if found.seconds else "", ""]
-        return [[*cells, *(time if is_h100 else [""] * 5 + [str(found.matrix_instructions)])]]
+        return [[*cells, *_power_cells(found, is_h100)]]
     widths = "/".join(
         "+".join(map(str, bits)) for bits in (found.load_bits, found.store_bits) if bits
     )
@@ -56,6 +55,16 @@ def _lines(row: Row, found: Measured, is_h100: bool) -> list[list[str]]:
             line += [str(found.matrix_instructions)] if not lines else [""]
         lines.append(line)
     return lines
+
+
+def _power_cells(found: Measured, is_h100: bool) -> list[str]:
+    """What a kernel has from the fourth column on that is not elementwise."""
+    if not (way := found.ways.get("power")):
+        return [""] * (8 if is_h100 else 6)
+    counts = ["", "", "", f"{way.instructions:.1f}", f"{way.special:.1f}"]
+    if is_h100:
+        return [*counts, "", duration(way.seconds or 0.0), str(way.bound)]
+    return [*counts, str(found.matrix_instructions)]
 
 
 def markdown(content: Mapping[str, Any], part: str) -> str:

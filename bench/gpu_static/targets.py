@@ -51,8 +51,8 @@ def compile_kernel(
 
     Args:
         kernel: a function under ``triton.jit``.
-        types: Triton's type of every argument that is a value, "*fp32" for a tensor's address.
-            Addresses are multiples of 16, integers have no known divisor.
+        types: Triton's type of every argument that is a value, "*fp32" for a tensor's address,
+            which is a multiple of 16; "i32:16" for an integer that is one.
         choices: what else the launcher passes: values of constexpr arguments, and Triton's options
             such as ``num_warps``.
         target: a value of `TARGETS`.
@@ -68,12 +68,13 @@ def compile_kernel(
     place = kernel.arg_names.index
     constants = {name: value for name, value in choices.items() if name in kernel.arg_names}
     options = {name: value for name, value in choices.items() if name not in kernel.arg_names}
-    addresses = [name for name, kind in types.items() if kind.startswith("*")]
+    multiples = [name for name, kind in types.items() if kind[0] == "*" or kind.endswith(":16")]
+    kinds = {name: kind.partition(":")[0] for name, kind in types.items()}
     source = ASTSource(
         fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
+        signature={name: kinds.get(name, "constexpr") for name in kernel.arg_names},
         constexprs={(place(name),): value for name, value in constants.items()},
-        attrs={(place(name),): [["tt.divisibility", 16]] for name in addresses},
+        attrs={(place(name),): [["tt.divisibility", 16]] for name in multiples},
     )
     gpu = GPUTarget(target.backend, target.arch, target.lanes)
     with _true_lines():

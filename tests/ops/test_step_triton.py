@@ -6,7 +6,6 @@ Their compiled code is checked by ``python -m bench.gpu_static --check``.
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 

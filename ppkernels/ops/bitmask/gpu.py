@@ -81,7 +81,7 @@ def count_kernel(words, counts, size, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     start = program * BLOCK
     bits = tile_bits(words + start, size - start, 0, BLOCK)
-    tl.store(counts + program, tl.sum(tl.sum(bits, axis=1), axis=0))
+    tl.store(counts + program, tl.sum(tl.sum(bits.to(tl.int32), axis=1), axis=0))
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -91,7 +91,7 @@ def apply_kernel(weight, words, out, numel, BLOCK: tl.constexpr):
     entries = _entries(start, BLOCK)
     bits = tile_bits(words + start, (numel + 7) // 8 - start, 0, BLOCK)
     block = _load(weight, entries, (start + BLOCK) * 8, numel)
-    _store(out, entries, tl.where(bits != 0, block, 0), (start + BLOCK) * 8, numel)
+    _store(out, entries, tl.where(bits, block, 0), (start + BLOCK) * 8, numel)
 
 
 # ---- launchers

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppkernels.ops._device import is_amd
 from ppkernels.ops._layout import same_layout
 from ppkernels.ops.power import gpu as power_gpu
 from ppkernels.ops.power_linear.kernels import (
@@ -57,27 +59,93 @@ GRADIENT_TILES = {2: Tiles(128, 128, 64, 8, pieces=2), 4: Tiles(128, 64, 32, 8)}
 # For weights that have few of the above.
 SMALL_GRADIENT_TILES = {2: Tiles(64, 64, 64, 4), 4: Tiles(64, 64, 32, 4)}
 # Rows of tiles of the gradient that are worked on at the same time.
-GROUP = 8
+_GROUP = 8
 # A product that is split along what is contracted has at least so many tiles in each part.
 _LEAST_TILES = 4
-# Elements of a program that adds up the parts.
-SUM_BLOCK = 1024
-
-
-def stages(is_amd: bool) -> int:
-    """Depth of the pipeline of copies: AMD has 64 KiB of shared memory."""
-    return 2 if is_amd else 3
-
-
-def product_tiles(itemsize: int, is_even: bool, is_masked: bool) -> Tiles:
-    """Tiles of a product; masks and tiles that stick out take registers from the batch."""
-    tiles = PRODUCT_TILES[itemsize]
-    return tiles if is_even and not is_masked else replace(tiles, batch=tiles.batch // 2)
 
 
 def is_even(rows: int, across: int, tiles: Tiles) -> bool:
     """Whether no tile of a weight sticks out."""
     return rows % tiles.rows == 0 and across % tiles.across == 0
+
+
+def product_tiles(itemsize: int, rows: int, contracted: int, is_masked: bool) -> Tiles:
+    """Tiles of a product; masks and tiles that stick out take registers from the batch."""
+    tiles = PRODUCT_TILES[itemsize]
+    has_room = is_even(rows, contracted, tiles) and not is_masked
+    return tiles if has_room else replace(tiles, batch=tiles.batch // 2)
+
+
+def product_choices(
+    dtype: torch.dtype, batch: int, rows: int, contracted: int, is_masked: bool, for_amd: bool
+) -> dict[str, Any]:
+    """What a launch of `product_kernel` fixes; the compiled code depends on it."""
+    tiles = product_tiles(dtype.itemsize, rows, contracted, is_masked)
+    return {
+        "EVEN": is_even(rows, contracted, tiles),
+        "ROWS": tiles.rows,
+        "BATCH": _tile(batch, tiles),
+        "CONTRACTED": tiles.across,
+        **_choices(dtype, tiles, for_amd),
+    }
+
+
+def gradient_choices(
+    dtype: torch.dtype, batch: int, rows: int, columns: int, processors: int, for_amd: bool
+) -> dict[str, Any]:
+    """What a launch of `grad_weight_kernel` fixes; the compiled code depends on it."""
+    tiles = GRADIENT_TILES[dtype.itemsize]
+    if programs_of_gradient(rows, columns, tiles.rows, tiles.across) < processors:
+        tiles = SMALL_GRADIENT_TILES[dtype.itemsize]
+    return {
+        "EVEN": is_even(rows, columns, tiles),
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.across,
+        "BATCH": _tile(batch, tiles),
+        "PIECES": tiles.pieces,
+        "GROUP": _GROUP,
+        **_choices(dtype, tiles, for_amd),
+    }
+
+
+def programs_of_gradient(rows: int, columns: int, tile_rows: int, tile_columns: int) -> int:
+    """Tiles of a weight."""
+    return -(-rows // tile_rows) * -(-columns // tile_columns)
+
+
+def sum_choices(for_amd: bool) -> dict[str, Any]:
+    """What a launch of `add_up_kernel` fixes: 128 threads, each a 128-bit access of half types."""
+    return {"BLOCK": 1024, "num_warps": 2 if for_amd else 4}
+
+
+def _tile(batch: int, tiles: Tiles) -> int:
+    return min(tiles.batch, max(16, 1 << (batch - 1).bit_length()))
+
+
+def _choices(dtype: torch.dtype, tiles: Tiles, for_amd: bool) -> dict[str, Any]:
+    return {
+        "COMPUTE": dot_type(dtype),
+        "PRECISION": input_precision(dtype, for_amd),
+        "num_warps": tiles.warps,
+        # Depth of the pipeline of copies: AMD has 64 KiB of shared memory.
+        "num_stages": 2 if for_amd else 3,
+    }
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    """The type that matrix instructions take. Triton's interpreter has no bfloat16: tests."""
+    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return types[dtype]
+
+
+def input_precision(dtype: torch.dtype, for_amd: bool) -> str:
+    """How float32 products are computed: as PyTorch is told for its own, else in full.
+
+    On NVIDIA that is three products of TF32 parts, on AMD the float32 matrix instructions.
+    """
+    if dtype != torch.float32 or for_amd:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 # ---- launchers
@@ -152,7 +220,7 @@ def _multiply_by(theta: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 def _gradient_of_theta(g: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
     """gᵀx; where φ is wider than x and the library can, in the dtype of φ: not rounded between."""
-    if wide != x.dtype and x.is_cuda and torch.version.hip is None:
+    if wide != x.dtype and x.is_cuda and not is_amd():
         return torch.mm(g.t(), x, out_dtype=wide)
     return torch.mm(g.t(), x, out=x.new_empty(g.shape[1], x.shape[1]))
 
@@ -162,7 +230,8 @@ def _gradient_of_theta(g: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, rows: int, contracted: int) -> Product:
     sizes = (weight.element_size(), x.element_size())
-    return Product(x.shape[0], rows, contracted, *sizes, input_precision(x) == "tf32")
+    allows_tf32 = input_precision(x.dtype, is_amd()) == "tf32"
+    return Product(x.shape[0], rows, contracted, *sizes, allows_tf32)
 
 
 def _is_product_fused(
@@ -170,8 +239,7 @@ def _is_product_fused(
 ) -> bool:
     if x.numel() == 0 or not _can_be_fused(weight, x.dtype):
         return False
-    tiles = PRODUCT_TILES[x.element_size()]
-    tiles = product_tiles(x.element_size(), is_even(rows, contracted, tiles), is_masked)
+    tiles = product_tiles(x.element_size(), rows, contracted, is_masked)
     product, machine = _product(x, weight, rows, contracted), machine_of(weight.device)
     return product.fused_seconds(tiles.batch, machine) < product.buffered_seconds(machine)
 
@@ -201,22 +269,6 @@ def _aligned(operand: Tensor) -> Tensor:
     return operand.clone(memory_format=torch.contiguous_format)
 
 
-def dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The type that matrix instructions take. Triton's interpreter has no bfloat16: tests."""
-    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    return types[dtype]
-
-
-def input_precision(operand: Tensor) -> str:
-    """How float32 products are computed: as PyTorch is told for its own, else in full.
-
-    On NVIDIA that is three products of TF32 parts, on AMD the float32 matrix instructions.
-    """
-    if operand.dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
 def splits_of(tiles: int, contracted: int, step: int, processors: int) -> tuple[int, int]:
     """Parts that a product of few tiles is cut into along what is contracted, and their length.
 
@@ -241,18 +293,16 @@ def _launch_product(
     is_across: bool,
 ) -> None:
     (batch, rows), contracted = out.shape, x.shape[1]
-    even = is_even(rows, contracted, PRODUCT_TILES[x.element_size()])
-    tiles = product_tiles(x.element_size(), even, words is not None)
-    tile = min(tiles.batch, max(16, triton.next_power_of_2(batch)))
-    grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(batch, tile))
+    choices = product_choices(x.dtype, batch, rows, contracted, words is not None, is_amd())
+    tiles = (triton.cdiv(rows, choices["ROWS"]), triton.cdiv(batch, choices["BATCH"]))
     processors = machine_of(weight.device).processors
-    splits, length = splits_of(grid[0] * grid[1], contracted, tiles.across, processors)
+    splits, length = splits_of(math.prod(tiles), contracted, choices["CONTRACTED"], processors)
     is_split = splits > 1
     parts = out.new_empty(splits, batch, rows, dtype=torch.float32) if is_split else out
     # Strides of the weight and of its bits along the product's rows and what is contracted.
     strides: list[tuple[int, ...]] = [weight.stride(), (weight.shape[1], 1)]
     weight_strides, bit_strides = (pair[::-1] if is_across else pair for pair in strides)
-    product_kernel[grid[0], grid[1], splits](
+    product_kernel[tiles[0], tiles[1], splits](
         x,
         weight,
         words,
@@ -266,18 +316,12 @@ def _launch_product(
         *weight_strides,
         *bit_strides,
         length,
-        COMPUTE=dot_type(x.dtype),
-        PRECISION=input_precision(x),
-        EVEN=even,
-        ROWS=tiles.rows,
-        BATCH=tile,
-        CONTRACTED=tiles.across,
-        num_warps=tiles.warps,
-        num_stages=stages(torch.version.hip is not None),
+        **choices,
     )
     if is_split:
-        programs = triton.cdiv(out.numel(), SUM_BLOCK)
-        add_up_kernel[(programs,)](parts, bias, out, out.numel(), rows, splits, BLOCK=SUM_BLOCK)
+        fixed = sum_choices(is_amd())
+        programs = triton.cdiv(out.numel(), fixed["BLOCK"])
+        add_up_kernel[(programs,)](parts, bias, out, out.numel(), rows, splits, **fixed)
 
 
 def _launch_gradient(
@@ -289,35 +333,21 @@ def _launch_gradient(
     out: Tensor,
     machine: Machine,
 ) -> None:
-    rows, columns = weight.shape
-
-    def programs(tiles: Tiles) -> int:
-        return -(-rows // tiles.rows) * -(-columns // tiles.across)
-
-    tiles = GRADIENT_TILES[x.element_size()]
-    if programs(tiles) < machine.processors:
-        tiles = SMALL_GRADIENT_TILES[x.element_size()]
-    grad_weight_kernel[(programs(tiles),)](
+    (rows, columns), batch = weight.shape, x.shape[0]
+    choices = gradient_choices(x.dtype, batch, rows, columns, machine.processors, is_amd())
+    programs = programs_of_gradient(rows, columns, choices["ROWS"], choices["COLUMNS"])
+    grad_weight_kernel[(programs,)](
         g,
         x,
         weight,
         words,
         power_gpu.exponent_argument(alpha, x.device),
         out,
-        x.shape[0],
+        batch,
         rows,
         columns,
         *g.stride(),
         *x.stride(),
         *weight.stride(),
-        COMPUTE=dot_type(x.dtype),
-        PRECISION=input_precision(x),
-        EVEN=is_even(rows, columns, tiles),
-        ROWS=tiles.rows,
-        COLUMNS=tiles.across,
-        BATCH=min(tiles.batch, max(16, triton.next_power_of_2(x.shape[0]))),
-        PIECES=tiles.pieces,
-        GROUP=GROUP,
-        num_warps=tiles.warps,
-        num_stages=stages(torch.version.hip is not None),
+        **choices,
     )

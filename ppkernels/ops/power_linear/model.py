@@ -49,7 +49,7 @@ MI300X = Machine(304, 5.3e12, 40.9e12, 1307e12, 163e12, has_tf32=False)
 
 # Instructions for the power of an element within the products, by the dtype of the product;
 # `python -m bench.gpu_static` counts them.
-HALF_INSTRUCTIONS, SINGLE_INSTRUCTIONS = 40, 95
+HALF_INSTRUCTIONS, SINGLE_INSTRUCTIONS = 27, 65
 # What a fused kernel reaches of the matrix units' peak where a library is taken to reach all of it.
 # An assumption: no GPU was at hand. Above it, only the choice between two right ways changes.
 FUSED_SHARE = 0.6

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppkernels.ops._device import warp_size
 from ppkernels.ops._point import scaled_power, signed_power, times_sign, with_sign
 from ppkernels.ops._tile import tile_bits, tile_offsets
 from ppkernels.ops.step.constants import (
@@ -297,7 +297,7 @@ def _free(row, all_rows, start, left, BLOCK: tl.constexpr):
     """Whether the elements may move, [BLOCK/8, 8]; true where the weight has no mask."""
     address = _word(row, all_rows, COLUMN_MASK)
     words = address.to(tl.pointer_type(tl.uint8)) + start // 8
-    return tile_bits(words, tl.where(address == 0, 0, (left + 7) // 8), 255, BLOCK // 8) != 0
+    return tile_bits(words, tl.where(address == 0, 0, (left + 7) // 8), 255, BLOCK // 8)
 
 
 @triton.jit
@@ -598,7 +598,7 @@ def _launch(table: Table, on_device: Tensor, states: int, **variant: bool) -> No
     prepared = {name: variant[name] for name in ("ADAM", "CHAIN", "DECAY_OF_PHI")}
     grid = (triton.cdiv(rows, PREPARED),)
     prepare_kernel[grid](on_device, constants, rows, **prepared, **prepare_choices())
-    warp_size = _warp_size(on_device.device)
+    warp = warp_size(on_device.device)
     for group in table.groups:
         if group.blocks == 0:
             continue
@@ -612,7 +612,7 @@ def _launch(table: Table, on_device: Tensor, states: int, **variant: bool) -> No
             STATES=states,
             MASTERS=group.has_masters,
             MASKS=group.has_masks,
-            **step_choices(group.weight_dtype, group.state_dtype, warp_size),
+            **step_choices(group.weight_dtype, group.state_dtype, warp),
             **variant,
         )
 
@@ -622,25 +622,15 @@ def prepare_choices() -> dict[str, Any]:
     return {"LANES": PREPARED, "num_warps": 1}
 
 
-def step_choices(
-    weight_dtype: torch.dtype, state_dtype: torch.dtype, warp_size: int
-) -> dict[str, Any]:
+def step_choices(weight_dtype: torch.dtype, state_dtype: torch.dtype, warp: int) -> dict[str, Any]:
     """What a launch of `step_kernel` fixes by these types, on a GPU with such warps."""
     return {
         "WEIGHT": _TYPES[weight_dtype],
         "STATE": _TYPES[state_dtype],
         "LANES": _SEARCHED,
         "BLOCK": block_of(weight_dtype),
-        "num_warps": _THREADS // warp_size,
+        "num_warps": _THREADS // warp,
     }
-
-
-@cache
-def _warp_size(device: torch.device) -> int:
-    """Threads of a warp: 32, and 64 on most of AMD's. The interpreter, on the CPU, has none."""
-    if device.type == "cpu":
-        return 32
-    return int(torch.cuda.get_device_properties(device).warp_size)
 
 
 _TYPES = {
