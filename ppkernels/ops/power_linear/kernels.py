@@ -179,7 +179,7 @@ def _store_scaled(
                 1,
             )
     else:
-        n, k = tl.arange(0, ROWS), FIRST_COLUMN + tl.arange(0, COLUMNS)
+        n, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS) + FIRST_COLUMN
         inside = (n < rows)[:, None] & (k < columns)[None, :]
         places = n[:, None] * weight_stride_row + k[None, :] * weight_stride_column
         if EVEN:
