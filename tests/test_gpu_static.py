@@ -21,6 +21,7 @@ from bench.gpu_static.measure import Measured, WayCount, measure
 from bench.gpu_static.paths import Arm, Way, lines_of_all, path
 from bench.gpu_static.row import Elementwise, Matrix, Row, Stream
 from bench.gpu_static.targets import TARGETS
+from ppkernels.ops.power_linear.model import HALF_INSTRUCTIONS, SINGLE_INSTRUCTIONS
 
 # ---- reading machine code
 
@@ -282,10 +283,11 @@ def test_matrix_instructions_are_found(name: str, kernels: Any) -> None:
         types={"a": "*bf16", "b": "*bf16", "out": "*fp32"},
         choices=lambda target: {"SIZE": 64, "num_warps": 4},
         work=Matrix(2 * 64**3, "bf16", 3 * 64 * 64, Arm("product_of_matrices"), 64 * 64, 64 * 64),
-        files=(kernels.path,),
+        files=(Path(kernels.__file__),),
     )
     measured = measure(row, name)
     assert measured.matrix_instructions > 0
+    assert measured.ways["power"].instructions > 0
     without = replace(measured, matrix_instructions=0)
     assert f"small, {name}: no matrix instruction." in judgement.faults(row, name, without, {})
 
@@ -373,9 +375,11 @@ def test_the_roofline() -> None:
     integers = roofline.elementwise([Instruction("LOP3.LUT")] * int(5 * afforded), 8, 8, size)
     special = roofline.elementwise([Instruction("MUFU.RCP")] * int(2 * afforded), 8, 8, size)
     assert (integers.bound, special.bound) == ("integer", "special")
-    matrix = roofline.matrix(2 * 4096**3, 3 * 2 * 4096**2, "bf16")
+    matrix = roofline.matrix(2 * 4096**3, 3 * 2 * 4096**2, "bf16", issued=4096**2)
     assert matrix.seconds == pytest.approx(2 * 4096**3 / 989.4e12)
     assert matrix.bound == "matrix"
+    powered = roofline.matrix(2 * 4096**3, 3 * 2 * 4096**2, "bf16", issued=1e3 * 4096**2)
+    assert powered.bound == "issue"
 
 
 # ---- the command, and what is saved
@@ -423,11 +427,21 @@ def test_everything_is_recorded(kernels: Any) -> None:
         assert content["kernels"][row.name]["targets"].keys() == TARGETS.keys()
 
 
+def test_the_model_of_products_counts_as_the_compiled_code_does() -> None:
+    """Instructions of a power in power_linear's kernels, which choose between fused and buffer."""
+    for name, entry in results.load()["kernels"].items():
+        if counted := entry["targets"]["sm_90"]["ways"].get("power"):
+            is_single = name.split("/")[2].startswith("fp32")
+            stated = SINGLE_INSTRUCTIONS if is_single else HALF_INSTRUCTIONS
+            assert counted["instructions"] == pytest.approx(stated, rel=0.15), name
+
+
 @pytest.mark.parametrize(
     ("readme", "part"),
     [
         ("bench/README.md", "model"),
-        ("ppkernels/ops/power/README.md", "power"),
+        ("ppkernels/ops/power/README.md", "power(?!_linear)"),
+        ("ppkernels/ops/power_linear/README.md", "products"),
         ("ppkernels/ops/step/README.md", "step/"),
     ],
 )

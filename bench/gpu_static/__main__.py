@@ -28,7 +28,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", action="append", metavar="NAME", help="a part of its name")
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument(
-        "--markdown", metavar="NAME", help="print the saved H100 table for a README, and end"
+        "--markdown",
+        metavar="NAME",
+        help="print the saved H100 table of NAME, model or products for a README, and end",
     )
     return parser.parse_args(arguments)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.gpu_static import roofline
 from bench.gpu_static.measure import SIZE, Measured
-from bench.gpu_static.row import Elementwise, Row
+from bench.gpu_static.row import Elementwise, Matrix, Row
 
 PATH = Path(__file__).parents[1] / "results" / "gpu_static.json"
 
@@ -68,4 +68,6 @@ def _entry(
         entry["operations"] = row.work.operations
         entry["floor_bytes"] = row.work.floor_bytes
         entry["affordable_instructions"] = round(roofline.affordable(row.work.floor_bytes), 1)
+    if isinstance(row.work, Matrix):
+        entry |= {"flops": row.work.flops, "bytes": row.work.bytes_moved, "powers": row.work.powers}
     return {**entry, "targets": targets}

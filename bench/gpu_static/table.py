@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,19 +69,38 @@ def _power_cells(found: Measured, is_h100: bool) -> list[str]:
 
 
 def markdown(content: Mapping[str, Any], part: str) -> str:
-    """The H100's table of the kernels with ``part`` in their names, from what is saved.
+    """The H100's table of the kernels whose names ``part``, a regular expression, is found in.
 
-    Of "model" it is what each step does on paper, beside the instructions of the compiled code.
+    It comes from what is saved. Of "model" it is what each step does on paper, beside the
+    instructions of the compiled code; of "products" it is that of the products of matrices.
     """
     if part == "model":
         return _model(content)
+    if part == "products":
+        return _products(content)
     lines = [
         "| | bytes | affords | instr. | special | registers | 64 Mi take | bound by |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in content["kernels"].items():
-        if part in name and entry.get("floor_bytes"):
+        if re.search(part, name) and entry.get("floor_bytes"):
             lines += _markdown_lines(name, entry)
+    return "\n".join(lines) + "\n"
+
+
+def _products(content: Mapping[str, Any]) -> str:
+    lines = [
+        "| | registers | shared | instr. of a power | matrix instr. | least time | bound by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in content["kernels"].items():
+        found = entry["targets"][H100]
+        if counted := found["ways"].get("power"):
+            cells = [f"`{name}`", str(found["registers"]), f"{found['shared_bytes']:,}"]
+            cells += [f"{counted['instructions']:.1f}", str(found["matrix_instructions"])]
+            lines.append(
+                f"| {' | '.join([*cells, duration(counted['seconds'])])} | {counted['bound']} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,3 +286,36 @@ def test_parts_are_not_free():
     product = Product(128, 2048, 2048, 2, 2)
     one, eight = (product.fused_seconds(128, 132, parts, H100) for parts in (1, 8))
     assert eight - one == pytest.approx(8 * 8 * 128 * 2048 / H100.bandwidth)
+
+
+README = Path(pp.ops.__file__).with_name("power_linear") / "README.md"
+BATCHES = (1, 16, 64, 128, 256, 1024)
+
+
+def predictions() -> str:
+    """The table of the lab note: time by a buffer over fused time, on an H100."""
+    tiles = pytest.importorskip("ppkernels.ops.power_linear.tiles")
+    lines = [
+        f"| W, X | product | {' | '.join(f'batch {batch}' for batch in BATCHES)} |",
+        "|---|---|" + "---|" * len(BATCHES),
+    ]
+    for dtype, weight_bytes in ((torch.bfloat16, 4), (torch.bfloat16, 2), (torch.float32, 4)):
+        ratios: dict[str, list[float]] = {"x·θᵀ, g·θ": [], "∂L/∂φ": []}
+        for batch in BATCHES:
+            product = Product(batch, 2048, 2048, weight_bytes, dtype.itemsize)
+            plan = tiles.plan_product(dtype, batch, 2048, 2048, False, H100)
+            programs = math.prod(plan.tiles) * plan.splits
+            fused = product.fused_seconds(plan.choices["BATCH"], programs, plan.splits, H100)
+            ratios["x·θᵀ, g·θ"].append(product.buffered_seconds(H100) / fused)
+            chosen = tiles.gradient_choices(dtype, batch, 2048, 2048, H100.processors, False)
+            programs = tiles.programs_of_gradient(2048, 2048, chosen["ROWS"], chosen["COLUMNS"])
+            fused = product.fused_gradient_seconds(programs, H100)
+            ratios["∂L/∂φ"].append(product.buffered_gradient_seconds(H100) / fused)
+        for name, row in ratios.items():
+            cells = " | ".join(f"{ratio:.2f}" for ratio in row)
+            lines.append(f"| {weight_bytes}, {dtype.itemsize} | {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_predictions_of_the_lab_note():
+    assert predictions() in README.read_text()
