@@ -20,11 +20,11 @@ CPP_FILES := $(KERNEL_SOURCES) $(shell find tests/cpp -name '*.cpp' -o -name '*.
 # What `build-system.requires` names, and torchvision so that pip picks a pair that fits.
 BUILD_REQUIRES := "setuptools>=77" "cmake>=3.26" ninja "torch>=2.11" torchvision
 
-.PHONY: help demo test test-python test-isas test-cpp test-gpu bench bench-gpu measure-gpu lint \
+.PHONY: help demo test test-python test-gpu-static test-isas test-cpp test-gpu bench bench-gpu measure-gpu lint \
     types clean
 help:
 	@echo "make demo       train on MNIST at alpha = 1, 1.5 and 2, prune, print the table, write plots"
-	@echo "make test       the whole test suite: Python, each instruction set, C++ with sanitizers"
+	@echo "make test       the whole test suite: Python, GPU code, each instruction set, C++ with sanitizers"
 	@echo "make bench      measure the ops against this machine's own limits and their rivals"
 	@echo "make bench-gpu  the same on a GPU, after its test suite; one sentence where there is none"
 	@echo "make lint       ruff, clang-format and mypy"
@@ -35,11 +35,19 @@ demo: $(COMPILED)
 
 # ---- tests
 
-test: test-python test-isas test-cpp
+test: test-python test-gpu-static test-isas test-cpp
 	@echo "make test: all passed"
 
 test-python: $(COMPILED)
 	$(PY) -m pytest
+
+# The Triton kernels, compiled for GPUs that need not be there, against bench/results/gpu_static.json.
+test-gpu-static: $(COMPILED)
+	@if $(PY) -c "import triton" 2>/dev/null; then \
+	    $(PY) -m bench.gpu_static --check; \
+	else \
+	    echo "GPU kernels not compiled: this install has no Triton"; \
+	fi
 
 # The kernels for this processor were tested above, Triton's as well; here the lesser instruction
 # sets.

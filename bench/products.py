@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ppkernels as pp
 from bench.contenders import bound, compiled, seeded
-from bench.row import GPU, OURS, Build, Row, dtype_name
+from bench.row import GPU, OURS, Build, Call, Row, dtype_name
 
 ALPHA = 1.5
 FEATURES = 2048
@@ -47,8 +47,27 @@ def theta_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight * weight.abs().pow(ALPHA - 1)).to(dtype)
 
 
-# Each product in four ways: ours, with θ given (what the library's product alone takes), through
-# op `power` and a buffer, and as a user writes it.
+def launched(op: str, way: str, *names: str) -> Build:
+    """Ours in one of its two ways, which the choice between them is judged by.
+
+    The CPU, where tests look at the values, has one way only.
+    """
+
+    def build(inputs: ProductInputs) -> Call:
+        tensors = [getattr(inputs, name) for name in names]
+        if not tensors[0].is_cuda:
+            return lambda: getattr(pp, op)(*tensors, ALPHA)
+        from ppkernels.ops.power_linear import gpu
+
+        launch, alpha = getattr(gpu, op), torch.tensor(ALPHA, dtype=torch.float64)
+        no_bias_no_mask = (None, None) if op == "power_linear" else (None,)
+        return lambda: launch(*tensors, alpha, *no_bias_no_mask, way=way)
+
+    return build
+
+
+# Each product in several ways: ours, with θ given (what the library's product alone takes), and as
+# a user writes it, with op `power` and without.
 
 
 def forward() -> dict[str, Build]:
@@ -107,7 +126,17 @@ def grad_weight() -> dict[str, Build]:
     }
 
 
-PRODUCTS = {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}
+# From a product to its contenders, its op, and what that takes.
+PRODUCTS: Mapping[str, tuple[Callable[[], dict[str, Build]], str, tuple[str, ...]]] = {
+    "forward": (forward, "power_linear", ("input", "weight")),
+    "grad_input": (grad_input, "power_linear_grad_input", ("grad_output", "weight")),
+    "grad_weight": (
+        grad_weight,
+        "power_linear_grad_weight",
+        ("grad_output", "input", "weight"),
+    ),
+}
+WAYS = {"ours, fused": "fused", "ours, by a buffer": "buffer"}
 DENSE, BUFFERED = "product alone", "power, then product"
 
 
@@ -124,11 +153,13 @@ def product_rows() -> list[Row]:
 
 def _row(product: str, batch: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Row:
     kind = dtype_name(dtype) if dtype == weight_dtype else f"{dtype_name(dtype)}+autocast"
-    rivals = PRODUCTS[product]()
+    contenders, op, names = PRODUCTS[product]
+    rivals = contenders()
+    rivals |= {name: launched(op, way, *names) for name, way in WAYS.items()}
     return Row(
         name=f"power_linear/{product}/{kind}/batch={batch}",
         suite="power",
-        ops=("power", "power_backward"),
+        ops=(op,),
         inputs=product_inputs(batch, dtype, weight_dtype),
         ours=rivals.pop(OURS),
         rivals=rivals,

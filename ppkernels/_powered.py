@@ -149,7 +149,8 @@ def _read() -> _Index:
     index = _Index(_generation, {}, [])
     for reference in _layers.copy().values():
         layer = reference()
-        if layer is None or "_parameters" not in layer.__dict__:
+        # nn.Module's constructor makes _modules last.
+        if layer is None or "_modules" not in layer.__dict__:
             continue  # gone, or still being constructed
         index.weights.append((reference, id(layer._parameters.get("weight"))))
         for parameter in _trained(layer):
@@ -164,7 +165,11 @@ def _trained(layer: nn.Module) -> list[nn.Parameter]:
     if weight is not None:
         return [weight]
     bias = layer._parameters.get("bias")
-    return [parameter for parameter in layer.parameters() if parameter is not bias]
+    # Copied in one go, for another thread may still be constructing the layer.
+    parameters = [
+        parameter for module in layer.modules() for parameter in module._parameters.copy().values()
+    ]
+    return [found for found in parameters if found is not None and found is not bias]
 
 
 def layers_of(parameter: Tensor) -> list[PoweredLayer]:

@@ -19,8 +19,14 @@ SHARED = ("ppkernels._checks", "ppkernels._powered")
 CHECKED = ("ppkernels._checks", "ppkernels._backend")
 BITS = "ppkernels.ops._bits"
 LAYOUT = "ppkernels.ops._layout"
-SHARED_BY_KERNELS = (LAYOUT, "ppkernels.ops._point", "ppkernels.ops._tile")
+SHARED_BY_KERNELS = (
+    LAYOUT,
+    "ppkernels.ops._device",
+    "ppkernels.ops._point",
+    "ppkernels.ops._tile",
+)
 POWER_GPU = "ppkernels.ops.power.gpu"
+TESTING = ("ppkernels.testing_products", "ppkernels.testing_steps")
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
 # Files of the package, and what they may import besides the standard library; the first row that
@@ -34,20 +40,23 @@ IMPORTS = [
     ("_powered.py", ["torch.*", "ppkernels.ops", "ppkernels._checks"]),
     ("autograd.py", ["ppkernels.ops.*"]),
     ("reference.py", ["ppkernels.ops.*"]),
-    ("testing.py", ["torch.*", "mpmath", "ppkernels", "ppkernels.testing_steps"]),
+    ("testing.py", ["torch.*", "mpmath", "ppkernels", *TESTING]),
+    ("testing_products.py", ["torch.*", "ppkernels"]),
     ("testing_steps.py", ["torch.*", "mpmath", "ppkernels"]),
     ("ops/__init__.py", ["ppkernels.ops.*"]),
     ("ops/_bits.py", ["torch.*"]),
+    ("ops/_device.py", ["torch.*"]),
     ("ops/_layout.py", ["torch.*"]),
     ("ops/_point.py", ["triton.*"]),
     ("ops/_tile.py", ["triton.*"]),
     ("ops/*/__init__.py", ["{room}.*"]),
     # A power and a product: the one room that is built on another.
-    ("ops/power_linear/reference.py", ["torch.*", "ppkernels.ops.power"]),
+    ("ops/power_linear/reference.py", ["torch.*", LAYOUT, "ppkernels.ops.power"]),
     ("ops/power_linear/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS, POWER_GPU]),
     ("ops/power_linear/kernels.py", ["triton.*", "ppkernels.ops._point", POWER_GPU]),
     ("ops/power_linear/op.py", ["torch.*", "{room}.*", *CHECKED, LAYOUT, "ppkernels.ops.power"]),
     ("ops/power_linear/model.py", ["torch.*"]),
+    ("ops/power_linear/tiles.py", ["torch.*", "triton.*", "{room}.*", "ppkernels.ops._device"]),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),

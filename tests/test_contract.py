@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ppkernels as pp
 from ppkernels.testing import (
     DTYPES,
+    PRODUCTS,
     SAMPLES,
     STEPS,
     Sample,
@@ -28,8 +29,6 @@ from ppkernels.testing import (
 OPS = tuple(SAMPLES)
 # Ops on bits, which have neither exponents nor rounding: tests/ops/test_bitmask.py.
 ON_BITS = {"apply_mask", "count_bits", "pack_bits", "unpack_bits"}
-# Products, which are not elementwise: tests/ops/test_power_linear.py.
-PRODUCTS = {"power_linear", "power_linear_grad_input", "power_linear_grad_weight"}
 WITH_OUT = tuple(op for op in OPS if SAMPLES[op].has_out)
 DIFFERENTIABLE = tuple(op for op in OPS if SAMPLES[op].gradients)
 # An op whose gradient has a gradient.
@@ -86,7 +85,7 @@ def assert_same_bits(result: Tensor, expected: Tensor) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("op", [*OPS, *STEPS])
+@pytest.mark.parametrize("op", [*OPS, *STEPS, *PRODUCTS])
 def test_values(op: str, dtype: torch.dtype) -> None:
     check_values(op, dtypes=(dtype,))
 
@@ -520,5 +519,5 @@ def test_forward_mode_is_an_error(op: str) -> None:
 
 def test_every_public_op_has_a_row() -> None:
     public = {name for name, member in vars(pp.ops).items() if inspect.isfunction(member)}
-    missing = public - ON_BITS - PRODUCTS - set(SAMPLES) - set(STEPS)
+    missing = public - ON_BITS - set(PRODUCTS) - set(SAMPLES) - set(STEPS)
     assert not missing, f"no samples for {sorted(missing)}"

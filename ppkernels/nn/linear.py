@@ -60,7 +60,7 @@ class PowerLinear(Powered, nn.Linear):
         if self.stores == "phi":
             alpha: Any = self._buffers["alpha"]
             words = self._words(theta)
-            if theta.is_cuda:
+            if theta.is_cuda and not input.is_nested:
                 return power_linear(input, theta, alpha, self.bias, words=words)
             # The backward pass wants θ too, and another power costs more than the memory.
             theta = Power.apply(theta, alpha, words)

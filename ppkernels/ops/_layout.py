@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,11 @@ def is_dense(value: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def as_rows(operand: Tensor) -> Tensor:
+    """All leading dimensions as one, [..., K] as [M, K]; sizes of 0 too, which -1 does not take."""
+    return operand.reshape(math.prod(operand.shape[:-1]), operand.shape[-1])
 
 
 def laid_out_as(result: Tensor, out: Tensor) -> Tensor:

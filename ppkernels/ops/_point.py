@@ -1,9 +1,9 @@
 """The power of a point in Triton, for the kernels of every room that needs it.
 
 # Note [The power of a point]
-|x|^e = 2^(e·log2|x|), with arithmetic, masks and shifts only: no approximate instruction of one
-vendor, so what the interpreter runs is what a GPU runs. With |x| = 2^k·(1+f), 1+f in [√½, √2), and
-c = e·log2(e₁), e₁ Euler's number,
+|x|^e = 2^(e·log2|x|), in float32 and float64 with arithmetic, masks and shifts only: no approximate
+instruction of one vendor, so what the interpreter runs is what a GPU runs. With |x| = 2^k·(1+f),
+1+f in [√½, √2), and c = e·log2(e₁), e₁ Euler's number,
 
     e·log2|x| = e·k + c·ln(1+f),        ln(1+f) = f − f²/2 + f³·T(f)
 
@@ -13,8 +13,12 @@ u = f_high − f_high²/2 has at most 14 bits; then e_high·k and c_high·u fit 
 float64). Products that fit are exact whether or not the compiler contracts a·b + c into one fused
 operation, which GPUs do and the interpreter does not.
 T and Q, 2^r = 1 + r·Q(r) on |r| ≤ 1/2, are least-maximum fits of the total error by weighted least
-squares, coefficients rounded one after the other; for the half types, which keep 11 bits at most,
-they are shorter, and the high and low parts are left away.
+squares, coefficients rounded one after the other.
+
+The half types keep 11 bits at most. For them the exponent of 2 is one float32, the polynomial of
+the logarithm is shorter, and the power of 2 is `tl.exp2`, which NVIDIA and AMD each have an
+instruction for, off by a few units in the last place of float32. By the formula above, arithmetic
+and not memory would set their speed.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Half, single, double: max |f³·(T(f) − exact)| is 2^-21.3, 2^-32.5, 2^-64.1; max |r·(Q(r) − exact)|
-# is 2^-18.4, 2^-28.2, 2^-57.8.
-_T_HALF = tl.constexpr((0.33316925, -0.24937642, 0.2050486, -0.18487178, 0.116467796))
-_Q_HALF = tl.constexpr((0.693121, 0.24022228, 0.055922255, 0.009672212))
+# Single, double: max |f³·(T(f) − exact)| is 2^-32.5, 2^-64.1; max |r·(Q(r) − exact)| is 2^-28.2,
+# 2^-57.8. Half: log2(1+f) = f·L(f), whose natural logarithm is off by 2^-21.3 at most.
+_L_HALF = tl.constexpr(
+    (1.442695, -0.7213475, 0.48066163, -0.35977414, 0.2958226, -0.2667136, 0.16802751)
+)
 _T_SINGLE = tl.constexpr(
     (0.333333, -0.2500001, 0.2000289, -0.16668536, 0.14206527)
     + (-0.12389608, 0.11958718, -0.11790287, 0.067370966)
@@ -68,6 +73,14 @@ def _bits(x):
 
 
 @triton.jit
+def _unsigned(x):
+    if x.dtype == tl.int64:
+        return x.to(tl.uint64, bitcast=True)
+    else:
+        return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _cut(x, LOW: tl.constexpr):
     """x with its LOW lowest mantissa bits cleared."""
     return (_bits(x) >> LOW << LOW).to(x.dtype, bitcast=True)
@@ -94,10 +107,37 @@ def scaled_power(x, exponent, scale, PRECISE: tl.constexpr):
         PRECISE: False for values that came from a half type: fewer terms.
 
     |x| = 0, inf or NaN gives |x| itself, and ``scale`` where the exponent is 0. Where the exact
-    value is normal, exponent in [0, 8]: float32 max 1.3 ULP (2.2 with a scale), float64 max 2 ULP,
-    not PRECISE a relative error of at most 2^-16. Exponents 0 and 1 are exact where scale is 1, and
-    2 is correctly rounded if PRECISE. Subnormal values are rounded once more.
+    value is normal, exponent in [0, 8]: float32 max 1.31 ULP (2.2 with a scale), float64 max 2 ULP,
+    not PRECISE a relative error of at most 2^-16, and inf within that of the largest float32.
+    Exponents 0 and 1 are exact where scale is 1, and 2 is correctly rounded if PRECISE. Subnormal
+    values are rounded once more.
     """
+    if exponent.type.is_block():
+        power = _power(x, exponent, scale, PRECISE)
+        if PRECISE:
+            power = tl.where(exponent == 2.0, _scaled(x, scale) * tl.abs(x), power)
+        power = tl.where(exponent == 1.0, _scaled(x, scale), power)
+    # What all elements decide alike, none has to pay for.
+    elif exponent == 1.0:
+        power = _scaled(x, scale)
+    elif PRECISE and exponent == 2.0:
+        power = _scaled(x, scale) * tl.abs(x)
+    else:
+        power = _power(x, exponent, scale, PRECISE)
+    return power
+
+
+@triton.jit
+def _scaled(x, scale):
+    if scale is None:
+        return tl.abs(x)
+    else:
+        return tl.abs(x) * scale.to(x.dtype)
+
+
+@triton.jit
+def _power(x, exponent, scale, PRECISE: tl.constexpr):
+    """`scaled_power` by the general formula."""
     DTYPE: tl.constexpr = x.dtype
     DOUBLE: tl.constexpr = DTYPE == tl.float64
     MANTISSA: tl.constexpr = 52 if DOUBLE else 23
@@ -105,49 +145,62 @@ def scaled_power(x, exponent, scale, PRECISE: tl.constexpr):
     SQRT_HALF: tl.constexpr = 0x3FE6A09E667F3BCD if DOUBLE else 0x3F3504F3
     INFINITY: tl.constexpr = 0x7FF0000000000000 if DOUBLE else 0x7F800000
     SMALLEST_NORMAL: tl.constexpr = 2.0**-1022 if DOUBLE else 2.0**-126
-    # A number this large has no bits behind the point: adding it rounds to an integer.
-    ROUNDER: tl.constexpr = 1.5 * 2.0**MANTISSA
-    # Beyond 2^±LIMIT every result is 0 or infinite, and 2^(LIMIT/2) is still a normal number.
-    LIMIT: tl.constexpr = 1200.0 if DOUBLE else 200.0
-    T: tl.constexpr = _T_DOUBLE if DOUBLE else (_T_SINGLE if PRECISE else _T_HALF)
-    Q: tl.constexpr = _Q_DOUBLE if DOUBLE else (_Q_SINGLE if PRECISE else _Q_HALF)
-    T_DEGREE: tl.constexpr = 20 if DOUBLE else (8 if PRECISE else 4)
-    Q_DEGREE: tl.constexpr = 10 if DOUBLE else (5 if PRECISE else 3)
 
     # |x| = 2^k·(1+f); subnormal numbers are scaled up to have a leading bit.
     size = tl.abs(x)
-    is_subnormal = size < SMALLEST_NORMAL
-    scaled = tl.where(is_subnormal, size * 2.0 ** (MANTISSA + 1), size)
-    shifted = _bits(scaled) - tl.where(
-        is_subnormal, SQRT_HALF + ((MANTISSA + 1) << MANTISSA), SQRT_HALF
-    )
+    raised = tl.where(size < SMALLEST_NORMAL, tl.full((), 2.0 ** (MANTISSA + 1), DTYPE), 1.0)
+    shifted = _bits(size * raised) - _bits(raised) + (ONE - SQRT_HALF)
     k = (shifted >> MANTISSA).to(DTYPE)
     near_one = ((shifted & ((1 << MANTISSA) - 1)) + SQRT_HALF).to(DTYPE, bitcast=True)
-    f = near_one - 1.0
+
+    bounded = tl.minimum(exponent, 16384.0)
+    if PRECISE:
+        power = _power_of_2(k, near_one, bounded, scale)
+    else:
+        power = _short_power_of_2(k, near_one - 1.0, bounded, scale)
+    special = size
+    if scale is not None:
+        special = tl.where(exponent == 0.0, scale.to(DTYPE), size)
+    # 0, inf and NaN, in one comparison: 0 − 1 is the largest of the numbers without a sign.
+    return tl.where(_unsigned(_bits(size) - 1) >= INFINITY - 1, special, power)
+
+
+@triton.jit
+def _power_of_2(k, near_one, exponent, scale):
+    """scale·(2^k·near_one)^exponent, near_one in [√½, √2), with the large terms in two parts."""
+    DTYPE: tl.constexpr = k.dtype
+    DOUBLE: tl.constexpr = DTYPE == tl.float64
+    MANTISSA: tl.constexpr = 52 if DOUBLE else 23
+    BIAS: tl.constexpr = 1023 if DOUBLE else 127
+    EXPONENT_BITS: tl.constexpr = 0x7FF0000000000000 if DOUBLE else 0x7F800000
+    # A number this large has no bits behind the point: adding it rounds to an integer, which then
+    # stands in its lowest bits, twice the bias of an exponent higher.
+    ROUNDER: tl.constexpr = 1.5 * 2.0**MANTISSA + 2 * BIAS
+    # Beyond 2^±LIMIT every result is 0 or infinite, and 2^(LIMIT/2) is still a normal number.
+    LIMIT: tl.constexpr = 1200.0 if DOUBLE else 200.0
+    T: tl.constexpr = _T_DOUBLE if DOUBLE else _T_SINGLE
+    Q: tl.constexpr = _Q_DOUBLE if DOUBLE else _Q_SINGLE
 
     # e·log2|x| = high + low.
-    bounded = tl.minimum(exponent, 16384.0)
-    c = (bounded * _LOG2_E).to(DTYPE)
-    if PRECISE:
-        e_high, e_low = _split(bounded, DTYPE, 11 if DOUBLE else 8)
-        c_high, c_low = _split(bounded * _LOG2_E, DTYPE, 28 if DOUBLE else 14)
-        f_high = _cut(near_one, 39 if DOUBLE else 17) - 1.0
-        u = f_high - 0.5 * f_high * f_high
-        rest = f * f * f * _polynomial(f, T, T_DEGREE) + (f - f_high) * (1.0 - 0.5 * (f_high + f))
-        integral = e_high * k  # exact, and at least as large as the next, or 0
-        fraction = c_high * u  # exact
-        high = integral + fraction
-        low = c * rest + (c_low * u + (e_low * k + (fraction - (high - integral))))
-    else:
-        high = bounded.to(DTYPE) * k
-        low = c * (f - f * f * (0.5 - f * _polynomial(f, T, T_DEGREE)))
+    c = (exponent * _LOG2_E).to(DTYPE)
+    e_high, e_low = _split(exponent, DTYPE, 11 if DOUBLE else 8)
+    c_high, c_low = _split(exponent * _LOG2_E, DTYPE, 28 if DOUBLE else 14)
+    f = near_one - 1.0
+    f_high = _cut(near_one, 39 if DOUBLE else 17) - 1.0
+    slope = 1.0 - 0.5 * f_high  # exact
+    u = f_high * slope  # exact
+    cubic = f * f * f * _polynomial(f, T, 20 if DOUBLE else 8)
+    rest = cubic + (f - f_high) * (slope - 0.5 * f)
+    integral = e_high * k  # exact, and at least as large as the next, or 0
+    fraction = c_high * u  # exact
+    high = integral + fraction
+    low = c * rest + (c_low * u + (e_low * k + (fraction - (high - integral))))
 
     # 2^(n+r), |r| ≤ 1/2; 2^n in two factors, so that subnormal and largest results come out.
     n = (high + low) + ROUNDER
     r = (high - (n - ROUNDER)) + low
-    power = r * _polynomial(r, Q, Q_DEGREE)
+    power = r * _polynomial(r, Q, 10 if DOUBLE else 5)
     if scale is None:
-        scale_high = 1.0
         power = power + 1.0
     else:
         scale_high, scale_low = _split(scale, DTYPE, 0)
@@ -155,17 +208,28 @@ def scaled_power(x, exponent, scale, PRECISE: tl.constexpr):
     # As a plain float argument of tl.minimum the bound would be a float32.
     smallest, largest = tl.full((), ROUNDER - LIMIT, DTYPE), tl.full((), ROUNDER + LIMIT, DTYPE)
     n = _bits(tl.minimum(tl.maximum(n, smallest), largest))
-    half = (n << (MANTISSA - 1)) >> MANTISSA << MANTISSA
-    power = power * (half + ONE).to(DTYPE, bitcast=True)
-    power = power * ((n << MANTISSA) - half + ONE).to(DTYPE, bitcast=True)
+    half = (n << (MANTISSA - 1)) & EXPONENT_BITS
+    power = power * half.to(DTYPE, bitcast=True)
+    return power * ((n << MANTISSA) - half).to(DTYPE, bitcast=True)
 
-    if PRECISE:
-        power = tl.where(exponent == 2.0, scale_high * size * size, power)
-    power = tl.where(exponent == 1.0, scale_high * size, power)
-    special = size
-    if scale is not None:
-        special = tl.where(exponent == 0.0, scale_high, size)
-    return tl.where((size == 0.0) | (_bits(size) >= INFINITY), special, power)
+
+@triton.jit
+def _short_power_of_2(k, f, exponent, scale):
+    """scale·(2^k·(1 + f))^exponent of float32 to 2^-16 of the result."""
+    # The root of the result, which stays in the range of normal numbers: NVIDIA's exp2 does not
+    # give others, and the scale may bring the square back into the range.
+    root = tl.exp2((f * _polynomial(f, _L_HALF, 6) + k) * (0.5 * exponent).to(tl.float32))
+    if scale is None:
+        return root * root
+    else:
+        return (root * scale.to(tl.float32)) * root
+
+
+@triton.jit
+def times_sign(y, x):
+    """y, negated where the sign bit of x is set."""
+    sign = _bits(x) ^ _bits(tl.abs(x))
+    return (_bits(y) ^ sign).to(x.dtype, bitcast=True)
 
 
 @triton.jit

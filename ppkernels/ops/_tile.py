@@ -19,10 +19,11 @@ def tile_offsets(WORDS: tl.constexpr):
 
 @triton.jit
 def tile_bits(words, size, OTHER: tl.constexpr, WORDS: tl.constexpr):
-    """The bits of the WORDS words from ``words`` on, as 0 and 1: [WORDS, 8] of int32.
+    """Whether the bits of the WORDS words from ``words`` on are set: [WORDS, 8].
 
     Words from ``size`` on are not read; OTHER stands for them.
     """
     offsets = tl.arange(0, WORDS)
     word = tl.load(words + offsets, mask=offsets < size, other=OTHER).to(tl.int32)
-    return (word[:, None] >> tl.arange(0, 8)[None, :]) & 1
+    # Not shifted, for which each element would take one instruction more.
+    return (word[:, None] & (1 << tl.arange(0, 8))[None, :]) != 0

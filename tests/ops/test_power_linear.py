@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +100,43 @@ def test_theta_is_not_kept_for_the_backward_pass():
     assert {tensor.data_ptr() for tensor in kept} == own
 
 
+@pytest.mark.parametrize(("trained", "kept"), [("x", "w"), ("w", "xw"), ("b", "")])
+def test_only_what_gradients_need_is_kept(trained, kept):
+    tensors = dict(zip("xwb", (tensor.detach() for tensor in layer(torch.float32)), strict=True))
+    tensors[trained].requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        pp.power_linear(tensors["x"], tensors["w"], ALPHA, tensors["b"]).sum().backward()
+    places = {tensor.data_ptr() for tensor in saved if tensor is not None}
+    assert places - {ALPHA.data_ptr()} == {tensors[name].data_ptr() for name in kept}
+    assert tensors[trained].grad is not None
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (4, 0)])
+def test_a_weight_without_elements(rows, columns):
+    x, weight = torch.randn(3, columns), torch.randn(rows, columns)
+    bias = torch.randn(rows)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    out = pp.power_linear(x, weight, 1.5, bias)
+    assert torch.equal(out, bias.expand(3, rows))
+    for create_graph in (False, True):
+        grads = torch.autograd.grad(out.sum(), inputs, retain_graph=True, create_graph=create_graph)
+        assert [grad.shape for grad in grads] == [tensor.shape for tensor in inputs]
+        assert torch.equal(grads[2], torch.full((rows,), 3.0))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+def test_the_gradient_of_theta_may_be_larger_than_a_half_type_holds(weight_dtype, create_graph):
+    x, g = torch.full((1, 2), 300.0).half(), torch.full((1, 3), 300.0).half()
+    weight = torch.full((3, 2), 1e-4, dtype=weight_dtype, requires_grad=True)
+    for backend in ("kernels", "reference"):
+        with pp.backend(backend):
+            out = pp.power_linear(x, weight, 1.5)
+            (grad,) = torch.autograd.grad(out, weight, g, create_graph=create_graph)
+        torch.testing.assert_close(grad, torch.full_like(grad, 1350.0), rtol=2e-2, atol=0)
+
+
 def test_a_hidden_weight_is_not_seen():
     x, weight, _ = layer(torch.float32)
     with torch.no_grad():
@@ -160,6 +199,19 @@ def test_autocast_casts_the_input_and_leaves_the_weight(dtype):
         assert pp.power_linear(x64, weight64, ALPHA).dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("weight_dtype", "dtype"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)]
+)
+def test_autocast_to_the_other_half_type(weight_dtype, dtype):
+    x, weight, _ = layer(torch.float32)
+    half = weight.detach().to(weight_dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        out = pp.power_linear(x, half, ALPHA)
+    assert out.dtype == dtype
+    out.float().sum().backward()
+    assert half.grad.dtype == weight_dtype
+
+
 # ---- errors
 
 
@@ -167,7 +219,9 @@ def test_errors_say_what_was_wanted_and_what_came():
     x, weight, bias = (tensor.detach() for tensor in layer(torch.float32))
     with pytest.raises(ValueError, match=r"input has 3 features, weight \(4, 5\) expects 5"):
         pp.power_linear(x[:, :3], weight, 1.5)
-    with pytest.raises(ValueError, match="input has shape"):
+    with pytest.raises(ValueError, match="input has 3 features"):
+        pp.power_linear(x[0, :3], weight, 1.5)
+    with pytest.raises(ValueError, match="input has no dimension"):
         pp.power_linear(x[0, 0], weight, 1.5)
     with pytest.raises(ValueError, match="weight must have two dimensions"):
         pp.power_linear(x, weight[0], 1.5)
@@ -190,27 +244,78 @@ def test_errors_say_what_was_wanted_and_what_came():
 # ---- Note [Fused, or by a buffer]
 
 MACHINES = {"A100": A100, "H100": H100, "B200": B200, "MI300X": MI300X}
+each_machine = pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES.keys())
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), (2, 2), (4, 4)], ids=["autocast", "half", "single"])
-@pytest.mark.parametrize("machine", MACHINES)
+@each_machine
 def test_small_batches_are_fused_and_large_ones_are_not(machine, sizes):
     """And between the two the choice changes once."""
-    weight_bytes, input_bytes = sizes
-    product = Product(1, 2048, 2048, weight_bytes, input_bytes)
-    batches = [1, 16, 64, 128, 256, 512, 2048, 16384]
+    product = Product(1, 2048, 2048, *sizes)
     fused = []
-    for batch in batches:
-        this, rates = replace(product, batch=batch), MACHINES[machine]
-        fused.append(this.fused_seconds(64, rates) < this.buffered_seconds(rates))
+    for batch in (1, 16, 64, 128, 256, 512, 2048, 16384):
+        this = replace(product, batch=batch)
+        # As many programs as processors: the product is split into parts for that.
+        seconds = this.fused_seconds(64, machine.processors, 4, machine)
+        fused.append(seconds < this.buffered_seconds(machine))
     assert fused[0]
     assert not fused[-1]
     assert fused == sorted(fused, reverse=True)
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@each_machine
 def test_the_gradient_of_the_weight_is_fused_up_to_a_batch(machine):
-    rates = MACHINES[machine]
     small, large = Product(64, 2048, 2048, 4, 2), Product(2**16, 2048, 2048, 4, 2)
-    assert small.fused_gradient_seconds(rates) < small.buffered_gradient_seconds(rates)
-    assert large.fused_gradient_seconds(rates) > large.buffered_gradient_seconds(rates)
+    fused = small.fused_gradient_seconds(1024, machine)
+    assert fused < small.buffered_gradient_seconds(machine)
+    fused = large.fused_gradient_seconds(1024, machine)
+    assert fused > large.buffered_gradient_seconds(machine)
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (4, 4)], ids=["autocast", "single"])
+@each_machine
+def test_a_few_programs_do_not_have_the_whole_gpu(machine, sizes):
+    """A small weight with a large batch, whose gradient is not split."""
+    product = Product(2**16, 256, 256, *sizes)
+    fused = product.fused_gradient_seconds(16, machine)
+    assert fused > product.buffered_gradient_seconds(machine)
+    assert product.fused_seconds(64, 1, 1, machine) > product.buffered_seconds(machine)
+
+
+def test_parts_are_not_free():
+    product = Product(128, 2048, 2048, 2, 2)
+    one, eight = (product.fused_seconds(128, 132, parts, H100) for parts in (1, 8))
+    assert eight - one == pytest.approx(8 * 8 * 128 * 2048 / H100.bandwidth)
+
+
+README = Path(pp.ops.__file__).with_name("power_linear") / "README.md"
+BATCHES = (1, 16, 64, 128, 256, 1024)
+
+
+def predictions() -> str:
+    """The table of the lab note: time by a buffer over fused time, on an H100."""
+    tiles = pytest.importorskip("ppkernels.ops.power_linear.tiles")
+    lines = [
+        f"| W, X | product | {' | '.join(f'batch {batch}' for batch in BATCHES)} |",
+        "|---|---|" + "---|" * len(BATCHES),
+    ]
+    for dtype, weight_bytes in ((torch.bfloat16, 4), (torch.bfloat16, 2), (torch.float32, 4)):
+        ratios: dict[str, list[float]] = {"x·θᵀ, g·θ": [], "∂L/∂φ": []}
+        for batch in BATCHES:
+            product = Product(batch, 2048, 2048, weight_bytes, dtype.itemsize)
+            plan = tiles.plan_product(dtype, batch, 2048, 2048, False, H100)
+            programs = math.prod(plan.tiles) * plan.splits
+            fused = product.fused_seconds(plan.choices["BATCH"], programs, plan.splits, H100)
+            ratios["x·θᵀ, g·θ"].append(product.buffered_seconds(H100) / fused)
+            chosen = tiles.gradient_choices(dtype, batch, 2048, 2048, H100.processors, False)
+            programs = tiles.programs_of_gradient(2048, 2048, chosen["ROWS"], chosen["COLUMNS"])
+            fused = product.fused_gradient_seconds(programs, H100)
+            ratios["∂L/∂φ"].append(product.buffered_gradient_seconds(H100) / fused)
+        for name, row in ratios.items():
+            cells = " | ".join(f"{ratio:.2f}" for ratio in row)
+            lines.append(f"| {weight_bytes}, {dtype.itemsize} | {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_predictions_of_the_lab_note():
+    assert predictions() in README.read_text()

@@ -21,7 +21,11 @@ from ppkernels.ops._tile import tile_bits, tile_offsets
 # Words of a program: 4096 entries. Not tuned on hardware; results do not depend on it, and tests in
 # Triton's interpreter, where a program costs about a millisecond, raise it.
 BLOCK_WORDS = 512
-_WARPS = 4
+
+
+def launch_choices() -> dict[str, int]:
+    """What every launch fixes; the compiled code depends on it."""
+    return {"BLOCK": BLOCK_WORDS, "num_warps": 4}
 
 
 @triton.jit
@@ -77,7 +81,7 @@ def count_kernel(words, counts, size, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     start = program * BLOCK
     bits = tile_bits(words + start, size - start, 0, BLOCK)
-    tl.store(counts + program, tl.sum(tl.sum(bits, axis=1), axis=0))
+    tl.store(counts + program, tl.sum(tl.sum(bits.to(tl.int32), axis=1), axis=0))
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -87,7 +91,7 @@ def apply_kernel(weight, words, out, numel, BLOCK: tl.constexpr):
     entries = _entries(start, BLOCK)
     bits = tile_bits(words + start, (numel + 7) // 8 - start, 0, BLOCK)
     block = _load(weight, entries, (start + BLOCK) * 8, numel)
-    _store(out, entries, tl.where(bits != 0, block, 0), (start + BLOCK) * 8, numel)
+    _store(out, entries, tl.where(bits, block, 0), (start + BLOCK) * 8, numel)
 
 
 # ---- launchers
@@ -134,4 +138,4 @@ def _launch(kernel: Any, words: Tensor, *args: Any) -> None:
     # A kernel goes to the current device, which need not be that of the tensors.
     with torch.cuda.device_of(words):
         grid = (triton.cdiv(words.numel(), BLOCK_WORDS),)
-        kernel[grid](*args, BLOCK=BLOCK_WORDS, num_warps=_WARPS)
+        kernel[grid](*args, **launch_choices())

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppkernels.ops._device import warp_size
 from ppkernels.ops._layout import arranged_words, is_dense, same_layout
 from ppkernels.ops._point import scaled_power, signed_power
 from ppkernels.ops._tile import tile_bits, tile_offsets
@@ -25,7 +26,17 @@ from ppkernels.ops._tile import tile_bits, tile_offsets
 # Chosen for bytes in flight, not tuned on hardware. Results do not depend on it; tests in Triton's
 # interpreter, where a program costs about a millisecond, raise it.
 BLOCK_BYTES = 4096
-_WARPS = 4
+
+
+def launch_choices(element_size: int, is_masked: bool, warp: int) -> dict[str, int]:
+    """What a launch fixes for elements of so many bytes, on a GPU with such warps.
+
+    The compiled code depends on it. Twice the block under a mask: what a thread does once for the
+    words is shared by more elements, or the power would not be bound by memory.
+    """
+    block = (2 if is_masked else 1) * BLOCK_BYTES // element_size
+    return {"BLOCK": block, "num_warps": 128 // warp}
+
 
 # ---- the derivatives of a point
 
@@ -88,10 +99,10 @@ def _load(values, offsets, start, numel, BLOCK: tl.constexpr):
 @triton.jit
 def _store(out, block, words, offsets, start, numel, BLOCK: tl.constexpr):
     """Writes the block at ``start``, rounded to nearest even, and +0 where its bit is 0."""
-    rounded = block.to(out.dtype.element_ty)
     if words is not None:
         bits = tile_bits(words + start // 8, (numel - start + 7) // 8, 0, BLOCK // 8)
-        rounded = tl.where(bits != 0, rounded, 0.0)
+        block = tl.where(bits, block, 0.0)
+    rounded = block.to(out.dtype.element_ty)
     if start + BLOCK <= numel:
         tl.store(out + start + offsets, rounded)
     else:
@@ -240,11 +251,11 @@ def _launch(
         for value in inputs
     ]
     alphas = [exponent_argument(alpha, out.device) for alpha in exponents]
-    block = BLOCK_BYTES // out.element_size()
+    choices = launch_choices(out.element_size(), words is not None, warp_size(out.device))
     # A kernel goes to the current device, which need not be that of the tensors.
     with torch.cuda.device_of(out):
-        grid = (triton.cdiv(numel, block),)
-        kernel[grid](*arranged, out, words, *alphas, numel, BLOCK=block, num_warps=_WARPS)
+        grid = (triton.cdiv(numel, choices["BLOCK"]),)
+        kernel[grid](*arranged, out, words, *alphas, numel, **choices)
 
 
 def exponent_argument(alpha: Tensor | None, device: torch.device) -> Tensor | int | None:

@@ -12,106 +12,74 @@ in one of two ways, which model.py chooses between:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ppkernels.ops._layout import same_layout
+from ppkernels.ops._device import is_amd
+from ppkernels.ops._layout import as_rows, same_layout
 from ppkernels.ops.power import gpu as power_gpu
 from ppkernels.ops.power_linear.kernels import (
     add_up_kernel,
     grad_weight_kernel,
     product_kernel,
 )
-from ppkernels.ops.power_linear.model import Machine, Product, machine_of
-
-# ---- the tiles. With them no kernel spills, and none takes more than the 99 KiB of shared memory
-# that every supported NVIDIA GPU has (`python -m bench.gpu_static`); not tuned on hardware.
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Elements of a program's tile.
-
-    Attributes:
-        rows: along the rows of the product or of the weight.
-        across: along what is contracted or, for the gradient of the weight, along its columns.
-        batch: along the batch, at most.
-        warps: of 32 threads, on AMD of 64.
-        pieces: in which a tile of the gradient is scaled and written.
-    """
-
-    rows: int
-    across: int
-    batch: int
-    warps: int
-    pieces: int = 1
-
-
-# By the bytes of an element of the operands.
-PRODUCT_TILES = {2: Tiles(64, 64, 128, 4), 4: Tiles(64, 32, 64, 4)}
-GRADIENT_TILES = {2: Tiles(128, 128, 64, 8, pieces=2), 4: Tiles(128, 64, 32, 8)}
-# For weights that have few of the above.
-SMALL_GRADIENT_TILES = {2: Tiles(64, 64, 64, 4), 4: Tiles(64, 64, 32, 4)}
-# Rows of tiles of the gradient that are worked on at the same time.
-GROUP = 8
-# A product that is split along what is contracted has at least so many tiles in each part.
-_LEAST_TILES = 4
-# Elements of a program that adds up the parts.
-SUM_BLOCK = 1024
-
-
-def stages(is_amd: bool) -> int:
-    """Depth of the pipeline of copies: AMD has 64 KiB of shared memory."""
-    return 2 if is_amd else 3
-
-
-def product_tiles(itemsize: int, is_even: bool, is_masked: bool) -> Tiles:
-    """Tiles of a product; masks and tiles that stick out take registers from the batch."""
-    tiles = PRODUCT_TILES[itemsize]
-    return tiles if is_even and not is_masked else replace(tiles, batch=tiles.batch // 2)
-
-
-def is_even(rows: int, across: int, tiles: Tiles) -> bool:
-    """Whether no tile of a weight sticks out."""
-    return rows % tiles.rows == 0 and across % tiles.across == 0
-
+from ppkernels.ops.power_linear.model import Product, machine_of
+from ppkernels.ops.power_linear.tiles import (
+    LARGEST_TILE,
+    gradient_choices,
+    input_precision,
+    plan_product,
+    programs_of_gradient,
+    sum_choices,
+)
 
 # ---- launchers
 
 
+Way = Literal["fused", "buffer"]
+
+
 def power_linear(
-    input: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, words: Tensor | None
+    input: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    words: Tensor | None,
+    way: Way | None = None,
 ) -> Tensor:
-    """y = x·θᵀ + b."""
-    return _multiply(input, weight, alpha, bias, words, is_across=False)
+    """y = x·θᵀ + b, in the ``way`` that is named, else in the one that the model finds faster."""
+    return _multiply(input, weight, alpha, bias, words, False, way)
 
 
 def power_linear_grad_input(
-    grad_output: Tensor, weight: Tensor, alpha: Tensor, words: Tensor | None
+    grad_output: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    words: Tensor | None,
+    way: Way | None = None,
 ) -> Tensor:
     """∂L/∂x = g·θ."""
-    return _multiply(grad_output, weight, alpha, None, words, is_across=True)
+    return _multiply(grad_output, weight, alpha, None, words, True, way)
 
 
 def power_linear_grad_weight(
-    grad_output: Tensor, input: Tensor, weight: Tensor, alpha: Tensor, words: Tensor | None
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    words: Tensor | None,
+    way: Way | None = None,
 ) -> Tensor:
     """∂L/∂φ = mask·gᵀx·α|φ|^(α−1)."""
-    g, x, out = _as_rows(grad_output), _as_rows(input), torch.empty_like(weight)
-    product = _product(x, weight, *weight.shape)
-    machine = machine_of(weight.device)
-    is_faster = product.fused_gradient_seconds(machine) < product.buffered_gradient_seconds(machine)
+    g, x, out = as_rows(grad_output), as_rows(input), torch.empty_like(weight)
     with torch.cuda.device_of(weight):
-        is_possible = x.numel() > 0 and _can_be_fused(weight, x.dtype) and same_layout(weight, out)
-        if is_faster and is_possible:
-            _launch_gradient(_aligned(g), _aligned(x), weight, alpha, words, out, machine)
+        if same_layout(weight, out) and _is_gradient_fused(x, weight, way):
+            _launch_gradient(_aligned(g), _aligned(x), weight, alpha, words, out)
         else:
-            grad_theta = _gradient_of_theta(g, x, weight.dtype)
-            power_gpu.power_backward_out(grad_theta, weight, alpha, out, words)
+            power_gpu.power_backward_out(_gradient_of_theta(g, x), weight, alpha, out, words)
     return out
 
 
@@ -122,24 +90,20 @@ def _multiply(
     bias: Tensor | None,
     words: Tensor | None,
     is_across: bool,
+    way: Way | None,
 ) -> Tensor:
     """input·θᵀ + bias, or input·θ for a product ``is_across``."""
     rows, contracted = weight.shape[::-1] if is_across else weight.shape
-    x = _as_rows(input)
+    x = as_rows(input)
     out = x.new_empty(x.shape[0], rows)
     with torch.cuda.device_of(weight):
-        if _is_product_fused(x, weight, rows, contracted, words is not None):
+        if _is_product_fused(x, weight, rows, contracted, words is not None, way):
             _launch_product(_aligned(x), weight, alpha, bias, words, out, is_across)
         else:
             theta = torch.empty_like(weight, dtype=x.dtype)
             power_gpu.power_out(weight, alpha, theta, words)
             _multiply_by(theta if is_across else theta.t(), x, bias, out)
     return out.view(*input.shape[:-1], rows)
-
-
-def _as_rows(operand: Tensor) -> Tensor:
-    """All leading dimensions as one."""
-    return operand.reshape(math.prod(operand.shape[:-1]), operand.shape[-1])
 
 
 def _multiply_by(theta: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -150,10 +114,10 @@ def _multiply_by(theta: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> 
         torch.addmm(bias.to(x.dtype), x, theta, out=out)
 
 
-def _gradient_of_theta(g: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
-    """gᵀx; where φ is wider than x and the library can, in the dtype of φ: not rounded between."""
-    if wide != x.dtype and x.is_cuda and torch.version.hip is None:
-        return torch.mm(g.t(), x, out_dtype=wide)
+def _gradient_of_theta(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀx; of half types in float32 where the library can, not rounded before it is scaled."""
+    if x.element_size() == 2 and x.is_cuda and not is_amd():
+        return torch.mm(g.t(), x, out_dtype=torch.float32)
     return torch.mm(g.t(), x, out=x.new_empty(g.shape[1], x.shape[1]))
 
 
@@ -162,22 +126,36 @@ def _gradient_of_theta(g: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, rows: int, contracted: int) -> Product:
     sizes = (weight.element_size(), x.element_size())
-    return Product(x.shape[0], rows, contracted, *sizes, input_precision(x) == "tf32")
+    allows_tf32 = input_precision(x.dtype, is_amd()) == "tf32"
+    return Product(x.shape[0], rows, contracted, *sizes, allows_tf32)
 
 
 def _is_product_fused(
-    x: Tensor, weight: Tensor, rows: int, contracted: int, is_masked: bool
+    x: Tensor, weight: Tensor, rows: int, contracted: int, is_masked: bool, way: Way | None
 ) -> bool:
-    if x.numel() == 0 or not _can_be_fused(weight, x.dtype):
-        return False
-    tiles = PRODUCT_TILES[x.element_size()]
-    tiles = product_tiles(x.element_size(), is_even(rows, contracted, tiles), is_masked)
-    product, machine = _product(x, weight, rows, contracted), machine_of(weight.device)
-    return product.fused_seconds(tiles.batch, machine) < product.buffered_seconds(machine)
+    if way is not None or not _can_be_fused(weight, x):
+        return way == "fused" and x.numel() > 0 and weight.numel() > 0
+    machine = machine_of(weight.device)
+    plan = plan_product(x.dtype, x.shape[0], rows, contracted, is_masked, machine)
+    product = _product(x, weight, rows, contracted)
+    tile, programs = plan.choices["BATCH"], math.prod(plan.tiles) * plan.splits
+    fused = product.fused_seconds(tile, programs, plan.splits, machine)
+    return fused < product.buffered_seconds(machine)
 
 
-def _can_be_fused(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take a product of ``dtype`` with the weight without narrow accesses.
+def _is_gradient_fused(x: Tensor, weight: Tensor, way: Way | None) -> bool:
+    if way is not None or not _can_be_fused(weight, x):
+        return way == "fused" and x.numel() > 0 and weight.numel() > 0
+    machine, product = machine_of(weight.device), _product(x, weight, *weight.shape)
+    (rows, columns), batch = weight.shape, x.shape[0]
+    choices = gradient_choices(x.dtype, batch, rows, columns, machine.processors, is_amd())
+    programs = programs_of_gradient(rows, columns, choices["ROWS"], choices["COLUMNS"])
+    fused = product.fused_gradient_seconds(programs, machine)
+    return fused < product.buffered_gradient_seconds(machine)
+
+
+def _can_be_fused(weight: Tensor, x: Tensor) -> bool:
+    """Whether the kernels take the product without narrow accesses to the weight.
 
     Sizes are multiples of 16, which Triton knows of its arguments, and so are strides but for one
     of 1. Within a tile the kernels count elements in 32 bits.
@@ -185,47 +163,22 @@ def _can_be_fused(weight: Tensor, dtype: torch.dtype) -> bool:
     is_aligned = weight.data_ptr() % 16 == 0 and sorted(weight.stride())[0] == 1
     multiples = (*weight.shape, sorted(weight.stride())[1])
     return (
-        dtype != torch.float64
+        x.dtype != torch.float64
+        and x.numel() > 0
         and weight.numel() > 0
         and is_aligned
         and all(size % 16 == 0 for size in multiples)
-        and max(multiples) * (GRADIENT_TILES[2].rows + 1) < 2**31
+        and max(multiples) * LARGEST_TILE < 2**31
     )
 
 
 def _aligned(operand: Tensor) -> Tensor:
     """x or g in memory as the kernels read it without narrow accesses."""
-    is_aligned = operand.stride(1) == 1 and operand.stride(0) % 16 == 0
-    if is_aligned and operand.data_ptr() % 16 == 0:
+    far = operand.stride(0)
+    is_aligned = operand.stride(1) == 1 and far % 16 == 0 and operand.data_ptr() % 16 == 0
+    if is_aligned and far * LARGEST_TILE < 2**31:
         return operand
     return operand.clone(memory_format=torch.contiguous_format)
-
-
-def dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The type that matrix instructions take. Triton's interpreter has no bfloat16: tests."""
-    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    return types[dtype]
-
-
-def input_precision(operand: Tensor) -> str:
-    """How float32 products are computed: as PyTorch is told for its own, else in full.
-
-    On NVIDIA that is three products of TF32 parts, on AMD the float32 matrix instructions.
-    """
-    if operand.dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def splits_of(tiles: int, contracted: int, step: int, processors: int) -> tuple[int, int]:
-    """Parts that a product of few tiles is cut into along what is contracted, and their length.
-
-    Two programs for each processor hide each other's waits; a part has some tiles to pipeline.
-    """
-    steps = triton.cdiv(contracted, step)
-    wanted = min(triton.cdiv(2 * processors, tiles), steps // _LEAST_TILES)
-    length = triton.cdiv(steps, max(1, wanted)) * step
-    return triton.cdiv(contracted, length), length
 
 
 # ---- launches of the fused kernels
@@ -241,18 +194,15 @@ def _launch_product(
     is_across: bool,
 ) -> None:
     (batch, rows), contracted = out.shape, x.shape[1]
-    even = is_even(rows, contracted, PRODUCT_TILES[x.element_size()])
-    tiles = product_tiles(x.element_size(), even, words is not None)
-    tile = min(tiles.batch, max(16, triton.next_power_of_2(batch)))
-    grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(batch, tile))
-    processors = machine_of(weight.device).processors
-    splits, length = splits_of(grid[0] * grid[1], contracted, tiles.across, processors)
-    is_split = splits > 1
-    parts = out.new_empty(splits, batch, rows, dtype=torch.float32) if is_split else out
+    machine = machine_of(weight.device)
+    plan = plan_product(x.dtype, batch, rows, contracted, words is not None, machine)
+    is_split = plan.splits > 1
+    bias = None if bias is None else bias.contiguous()
+    parts = out.new_empty(plan.splits, batch, rows, dtype=torch.float32) if is_split else out
     # Strides of the weight and of its bits along the product's rows and what is contracted.
     strides: list[tuple[int, ...]] = [weight.stride(), (weight.shape[1], 1)]
     weight_strides, bit_strides = (pair[::-1] if is_across else pair for pair in strides)
-    product_kernel[grid[0], grid[1], splits](
+    product_kernel[plan.tiles[0], plan.tiles[1], plan.splits](
         x,
         weight,
         words,
@@ -265,19 +215,13 @@ def _launch_product(
         *x.stride(),
         *weight_strides,
         *bit_strides,
-        length,
-        COMPUTE=dot_type(x.dtype),
-        PRECISION=input_precision(x),
-        EVEN=even,
-        ROWS=tiles.rows,
-        BATCH=tile,
-        CONTRACTED=tiles.across,
-        num_warps=tiles.warps,
-        num_stages=stages(torch.version.hip is not None),
+        plan.length,
+        **plan.choices,
     )
     if is_split:
-        programs = triton.cdiv(out.numel(), SUM_BLOCK)
-        add_up_kernel[(programs,)](parts, bias, out, out.numel(), rows, splits, BLOCK=SUM_BLOCK)
+        fixed = sum_choices(is_amd())
+        programs = triton.cdiv(out.numel(), fixed["BLOCK"])
+        add_up_kernel[(programs,)](parts, bias, out, out.numel(), rows, plan.splits, **fixed)
 
 
 def _launch_gradient(
@@ -287,37 +231,23 @@ def _launch_gradient(
     alpha: Tensor,
     words: Tensor | None,
     out: Tensor,
-    machine: Machine,
 ) -> None:
-    rows, columns = weight.shape
-
-    def programs(tiles: Tiles) -> int:
-        return -(-rows // tiles.rows) * -(-columns // tiles.across)
-
-    tiles = GRADIENT_TILES[x.element_size()]
-    if programs(tiles) < machine.processors:
-        tiles = SMALL_GRADIENT_TILES[x.element_size()]
-    grad_weight_kernel[(programs(tiles),)](
+    (rows, columns), batch = weight.shape, x.shape[0]
+    processors = machine_of(weight.device).processors
+    choices = gradient_choices(x.dtype, batch, rows, columns, processors, is_amd())
+    programs = programs_of_gradient(rows, columns, choices["ROWS"], choices["COLUMNS"])
+    grad_weight_kernel[(programs,)](
         g,
         x,
         weight,
         words,
         power_gpu.exponent_argument(alpha, x.device),
         out,
-        x.shape[0],
+        batch,
         rows,
         columns,
         *g.stride(),
         *x.stride(),
         *weight.stride(),
-        COMPUTE=dot_type(x.dtype),
-        PRECISION=input_precision(x),
-        EVEN=is_even(rows, columns, tiles),
-        ROWS=tiles.rows,
-        COLUMNS=tiles.across,
-        BATCH=min(tiles.batch, max(16, triton.next_power_of_2(x.shape[0]))),
-        PIECES=tiles.pieces,
-        GROUP=GROUP,
-        num_warps=tiles.warps,
-        num_stages=stages(torch.version.hip is not None),
+        **choices,
     )

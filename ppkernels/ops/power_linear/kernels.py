@@ -56,7 +56,8 @@ def product_kernel(
     tile of the weight sticks out.
     """
     PRECISE: tl.constexpr = COMPUTE == tl.float32
-    exponent = exponent_of(alpha)
+    # As a block of one element: for a scalar the power would branch, with a tile in registers.
+    exponent = tl.full([1, 1], 0.0, tl.float64) + exponent_of(alpha)
     first_row = tl.program_id(0) * ROWS
     first_batch = tl.program_id(1) * BATCH
     split = tl.program_id(2)
@@ -103,18 +104,37 @@ def product_kernel(
     tl.store(outs, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["numel", "splits"])
-def add_up_kernel(partials, bias, out, numel, rows, splits, BLOCK: tl.constexpr):
-    """out[m, r] = Σ_s partials[s, m, r] + bias[r] over [M, R] of ``numel`` elements."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _add_up(
+    partials, bias, out, offsets, numel, rows, splits, BLOCK: tl.constexpr, IS_FULL: tl.constexpr
+):
+    """`add_up_kernel` for one block, with a mask if it is not full."""
     inside = offsets < numel
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(splits):
-        total += tl.load(partials + offsets, mask=inside, other=0.0)
+        if IS_FULL:
+            total += tl.load(partials + offsets)
+        else:
+            total += tl.load(partials + offsets, mask=inside, other=0.0)
         partials += numel
     if bias is not None:
         total += tl.load(bias + offsets % rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=inside)
+    rounded = total.to(out.dtype.element_ty)
+    if IS_FULL:
+        tl.store(out + offsets, rounded)
+    else:
+        tl.store(out + offsets, rounded, mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def add_up_kernel(partials, bias, out, numel, rows, splits, BLOCK: tl.constexpr):
+    """out[m, r] = Σ_s partials[s, m, r] + bias[r] over [M, R] of ``numel`` elements."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= numel:
+        _add_up(partials, bias, out, offsets, numel, rows, splits, BLOCK, True)
+    else:
+        _add_up(partials, bias, out, offsets, numel, rows, splits, BLOCK, False)
 
 
 @triton.jit
@@ -159,7 +179,7 @@ def _store_scaled(
                 1,
             )
     else:
-        n, k = tl.arange(0, ROWS), FIRST_COLUMN + tl.arange(0, COLUMNS)
+        n, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS) + FIRST_COLUMN
         inside = (n < rows)[:, None] & (k < columns)[None, :]
         places = n[:, None] * weight_stride_row + k[None, :] * weight_stride_column
         if EVEN:

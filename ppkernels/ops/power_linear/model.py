@@ -9,14 +9,15 @@ saves the gradient of θ being written and read back; but a library multiplies f
 kernel, which decides for large batches.
 
 A time below is the larger of what memory and what arithmetic takes; instructions and matrix
-operations of a fused kernel are issued by the same warps and are added up. What the model leaves
-out: the launch that a fused product saves, that a small θ may stay in the cache, and masks.
+operations of a fused kernel are issued by the same warps and are added up. A kernel of fewer
+programs than the GPU has processors gets that share of it, where a library is taken to find work
+for all. What the model leaves out: launches, that a small θ may stay in the cache, and masks.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +42,10 @@ class Machine:
     single: float
     has_tf32: bool = True
 
+    def share(self, programs: int) -> float:
+        """What so many programs have of the GPU."""
+        return min(1.0, programs / self.processors)
+
 
 A100 = Machine(108, 2.039e12, 9.75e12, 312e12, 156e12)
 H100 = Machine(132, 3.35e12, 33.5e12, 989e12, 494e12)
@@ -49,7 +54,7 @@ MI300X = Machine(304, 5.3e12, 40.9e12, 1307e12, 163e12, has_tf32=False)
 
 # Instructions for the power of an element within the products, by the dtype of the product;
 # `python -m bench.gpu_static` counts them.
-HALF_INSTRUCTIONS, SINGLE_INSTRUCTIONS = 40, 95
+HALF_INSTRUCTIONS, SINGLE_INSTRUCTIONS = 27, 65
 # What a fused kernel reaches of the matrix units' peak where a library is taken to reach all of it.
 # An assumption: no GPU was at hand. Above it, only the choice between two right ways changes.
 FUSED_SHARE = 0.6
@@ -57,12 +62,18 @@ FUSED_SHARE = 0.6
 
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
-    """The rates of a GPU; those of an H100 for one that is not known, or for the interpreter."""
+    """The rates of a GPU; for one that is not known, and for the interpreter, those of an H100.
+
+    A GPU that is not known has its own number of processors.
+    """
     if device.type != "cuda":
         return H100
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return MI300X
-    return {8: A100, 10: B200}.get(torch.cuda.get_device_capability(device)[0], H100)
+        known = MI300X
+    else:
+        known = {(8, 0): A100, (10, 0): B200}.get((properties.major, properties.minor), H100)
+    return replace(known, processors=properties.multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,22 @@ class Product:
         times = 3 if machine.has_tf32 and not self.allows_tf32 else 1
         return times * flops / (FUSED_SHARE * machine.single)
 
-    def fused_seconds(self, tile: int, machine: Machine) -> float:
-        """Of x·θᵀ or g·θ with θ in registers, by tiles of ``tile`` rows of the batch."""
+    def fused_seconds(self, tile: int, programs: int, parts: int, machine: Machine) -> float:
+        """Of x·θᵀ or g·θ with θ in registers.
+
+        Args:
+            tile: rows of the batch that a program works on.
+            programs: of the kernel.
+            parts: that it is split into; more than one are written in float32 and added up.
+            machine: where.
+        """
         tiles = -(-self.batch // tile)
         arithmetic = tiles * self._instructions(machine) + self._fused(machine)
-        return max(self._bytes(machine, self.weight_bytes), arithmetic)
+        moved = self._bytes(machine, self.weight_bytes)
+        seconds = max(moved, arithmetic) / machine.share(programs)
+        if parts > 1:
+            seconds += 8 * parts * self.batch * self.rows / machine.bandwidth
+        return seconds
 
     def buffered_seconds(self, machine: Machine) -> float:
         """Of the same with θ written to memory first."""
@@ -123,10 +145,11 @@ class Product:
         power = max(moved, self._instructions(machine))
         return power + max(self._bytes(machine, self.input_bytes), self._library(machine))
 
-    def fused_gradient_seconds(self, machine: Machine) -> float:
+    def fused_gradient_seconds(self, programs: int, machine: Machine) -> float:
         """Of ∂L/∂φ, the gradient of θ scaled in registers: φ is read, the gradient written."""
         moved = self._bytes(machine, 2 * self.weight_bytes)
-        return max(moved, self._fused(machine) + self._instructions(machine))
+        arithmetic = self._fused(machine) + self._instructions(machine)
+        return max(moved, arithmetic) / machine.share(programs)
 
     def buffered_gradient_seconds(self, machine: Machine) -> float:
         """Of the same with the gradient of θ written to memory, and read again by the scaling."""

@@ -1,4 +1,5 @@
 """The linear layer of a powered weight as PyTorch ops: functions, schemas, kernels, autograd.
+Longer than 350 lines: three ops, a third of it their docstrings.
 
 On the CPU, and wherever there is no Triton, the ops power the weight into a buffer and multiply.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ppkernels import _backend
 from ppkernels._checks import alpha_tensor, check_floating, check_words_for
-from ppkernels.ops._layout import laid_out_as
+from ppkernels.ops._layout import as_rows, laid_out_as
 from ppkernels.ops.power import Power, power_backward
 from ppkernels.ops.power_linear import reference
 
@@ -64,7 +65,7 @@ def power_linear(
     """
     check_floating("power_linear", "input", input)
     alpha = _checked("power_linear", weight, alpha, words)
-    input = _cast(input, weight)
+    input, weight = _cast(input, weight)
     _check_operand("power_linear", "input", input, weight, 1)
     if bias is not None:
         check_floating("power_linear", "bias", bias)
@@ -149,20 +150,21 @@ def _checked(op: str, weight: Tensor, alpha: float | Tensor, words: Tensor | Non
     return alpha_tensor(op, alpha, weight.device)
 
 
-def _cast(input: Tensor, weight: Tensor) -> Tensor:
-    """``input`` as autocast gives it to a linear layer."""
+def _cast(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``input`` as autocast gives it to a linear layer, and a weight that goes with it."""
     device = input.device.type
     if not torch.is_autocast_enabled(device) or torch.float64 in (input.dtype, weight.dtype):
-        return input
-    return input.to(torch.get_autocast_dtype(device))
+        return input, weight
+    dtype = torch.get_autocast_dtype(device)
+    # A float32 weight stays what it is; one of the other half type is cast as well.
+    return input.to(dtype), weight if weight.dtype == torch.float32 else weight.to(dtype)
 
 
 def _check_operand(op: str, name: str, operand: Tensor, weight: Tensor, dim: int) -> None:
     """``operand`` fits dimension ``dim`` of the weight."""
     features = weight.shape[dim]
     if operand.dim() == 0 or operand.shape[-1] != features:
-        came = f"shape {tuple(operand.shape)}" if operand.dim() != 1 else f"{operand.shape[0]}"
-        came = f"{operand.shape[-1]} features" if operand.dim() > 1 else came
+        came = f"{operand.shape[-1]} features" if operand.dim() else "no dimension"
         raise ValueError(
             f"{op}: {name} has {came}, weight {tuple(weight.shape)} expects {features}"
         )
@@ -220,9 +222,24 @@ def _power_linear_grad_input(
 def _power_linear_grad_weight(
     grad_output: Tensor, input: Tensor, weight: Tensor, alpha: Tensor, words: Tensor | None
 ) -> Tensor:
-    rows, columns = weight.shape
-    grad_theta = grad_output.reshape(-1, rows).t() @ input.reshape(-1, columns)
-    return torch.ops.ppkernels.power_backward(grad_theta.to(weight.dtype), weight, alpha, words)
+    return _grad_weight_by(
+        torch.ops.ppkernels.power_backward, grad_output, input, weight, alpha, words
+    )
+
+
+def _grad_weight_by(
+    scale: Callable[..., Tensor],
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    words: Tensor | None,
+) -> Tensor:
+    """``scale`` is op power_backward. The gradient of θ is not rounded to a half type: the slope,
+    which is small, may bring back what would overflow there."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    grad_theta = as_rows(grad_output).to(wide).t() @ as_rows(input).to(wide)
+    return scale(grad_theta, weight.to(wide), alpha, words=words).to(weight.dtype)
 
 
 _KERNELS: dict[str, Callable[..., Tensor]] = {
@@ -316,7 +333,11 @@ class PowerLinear(torch.autograd.Function):
         bias: Tensor | None,
         words: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight, alpha, words)
+        for_input, for_weight, *_ = ctx.needs_input_grad
+        is_powered = for_input or for_weight
+        ctx.save_for_backward(
+            input if for_weight else None, *((weight, alpha, words) if is_powered else (None,) * 3)
+        )
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _forward(input, weight, alpha, bias, words)
 
@@ -334,14 +355,12 @@ class PowerLinear(torch.autograd.Function):
         elif for_input:
             grad_input = _grad_input(grad_output, weight, alpha, words)
         if for_weight and is_differentiated:
-            rows, columns = weight.shape
-            grad_theta = grad_output.reshape(-1, rows).t() @ input.reshape(-1, columns)
-            grad_theta = grad_theta.to(weight.dtype)
-            grad_weight = power_backward(grad_theta, weight, alpha, words=words)
+            args = (grad_output, input, weight, alpha, words)
+            grad_weight = _grad_weight_by(power_backward, *args)
         elif for_weight:
             grad_weight = _grad_weight(grad_output, input, weight, alpha, words)
         if for_bias:
-            grad_bias = grad_output.reshape(-1, weight.shape[0]).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = as_rows(grad_output).sum(0, dtype=ctx.bias_dtype)
         return grad_input, grad_weight, None, grad_bias, None
 
 

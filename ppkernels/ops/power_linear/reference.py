@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppkernels.ops._layout import as_rows
 from ppkernels.ops.power import reference
 
 
@@ -42,6 +43,5 @@ def power_linear_grad_weight(
 ) -> Tensor:
     """∂L/∂φ = mask·gᵀx·α|φ|^(α−1), summed up in the dtype of φ, in float32 for a half type."""
     wide = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
-    rows, columns = weight.shape
-    grad_theta = grad_output.reshape(-1, rows).to(wide).t() @ input.reshape(-1, columns).to(wide)
+    grad_theta = as_rows(grad_output).to(wide).t() @ as_rows(input).to(wide)
     return reference.power_backward(grad_theta, weight.to(wide), alpha, words).to(weight.dtype)

@@ -58,15 +58,18 @@ STEP_FLAG = tl.constexpr(STEP_IS_NUMBER)
 
 # Constants of a weight, float64: whether anything is done at all; whether the step is plain; what
 # gradients are multiplied by; α; decoupled decay's factors of what is stored and of φ; lr with
-# Adam's first bias correction; e and rate of Note [A step on θ alone, on a GPU]; λ and the exponent
-# of coupled decay; near; Adam's 1/√(1 − β₂^t); the terms of the series.
+# Adam's first bias correction; e (0 for a plain step) and rate of Note [A step on θ alone, on a
+# GPU]; λ and the exponent of coupled decay; near; Adam's 1/√(1 − β₂^t); the terms of the series.
 OF_GOES, OF_PLAIN, OF_GRAD_FACTOR, OF_ALPHA = map(tl.constexpr, range(4))
 OF_KEEP, OF_KEEP_PHI, OF_LR, OF_EXPONENT, OF_RATE = map(tl.constexpr, range(4, 9))
 OF_DECAY_RATE, OF_DECAY_EXPONENT, OF_NEAR, OF_ROOT2, OF_TERMS = map(tl.constexpr, range(9, 14))
 TERM_COUNT = tl.constexpr(6)
+# What |θ|^e is multiplied by under the chain rule: 1/|φ| overflows where θ is subnormal.
+FACTOR_SCALE = tl.constexpr(2.0**-24)
 # α^6 / 6! is a float32.
 LARGEST_ALPHA = tl.constexpr(2.0**21)
 CONSTANTS = 13 + 6
+CONSTANTS_SIZE = tl.constexpr(CONSTANTS)
 
 # ---- reading the two tables
 
@@ -78,9 +81,9 @@ def number_in(word):
 
 
 @triton.jit
-def constant(own, rows, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
-    """One constant of a weight: ``own`` points at its first, and there are ``rows`` weights."""
-    return tl.load(own + COLUMN * rows).to(DTYPE)
+def constant(own, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+    """One constant of a weight: ``own`` points at its first."""
+    return tl.load(own + COLUMN).to(DTYPE)
 
 
 # ---- once a weight
@@ -119,7 +122,7 @@ def _bias_correction(count, halvings):
 
 @triton.jit
 def _put(constants, COLUMN: tl.constexpr, values, rows, lanes):
-    tl.store(constants + COLUMN * rows + lanes, values, mask=lanes < rows)
+    tl.store(constants + lanes * CONSTANTS_SIZE + COLUMN, values, mask=lanes < rows)
 
 
 @triton.jit
@@ -164,7 +167,7 @@ def prepare_kernel(
     DECAY_OF_PHI: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """constants [CONSTANTS, rows] of a table of ``rows`` weights; Adam's steps are counted up."""
+    """constants [rows, CONSTANTS] of a table of ``rows`` weights; Adam's steps are counted up."""
     lanes = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = lanes < rows
     columns = table + HEAD_SIZE + lanes
@@ -199,8 +202,8 @@ def prepare_kernel(
         decay_rate = tl.where(holds_phi, decay_rate * alpha, decay_rate)
 
     if CHAIN:
-        exponent = 1.0 / alpha
-        rate = -lr / keep_phi
+        exponent = -1.0 / alpha
+        rate = -lr / keep_phi / FACTOR_SCALE
     else:
         exponent = (alpha - 2.0) / alpha
         rate = -lr * alpha / keep_phi
@@ -213,7 +216,7 @@ def prepare_kernel(
     _put(constants, OF_KEEP, keep, rows, lanes)
     _put(constants, OF_KEEP_PHI, keep_phi, rows, lanes)
     _put(constants, OF_LR, lr, rows, lanes)
-    _put(constants, OF_EXPONENT, exponent, rows, lanes)
+    _put(constants, OF_EXPONENT, tl.where(is_plain, 0.0, exponent), rows, lanes)
     _put(constants, OF_RATE, rate, rows, lanes)
     _put(constants, OF_DECAY_RATE, decay_rate, rows, lanes)
     _put(constants, OF_DECAY_EXPONENT, decay_exponent, rows, lanes)

@@ -13,7 +13,7 @@ The formulas are those of csrc/kernels/step.cpp, Note [A step on θ alone]: with
 
     θ' = c^α·θ·Ψ(1 + r),    r = δ/(cφ)
     virtual: r = rate·u·sign(θ)·|θ|^e,  e = (α−2)/α,  rate = −lr·α/c
-    chain:   r = rate·u·sign(θ)/|θ|^e,  e = 1/α,      rate = −lr/c
+    chain:   r = rate·u·sign(θ)·|θ|^e,  e = −1/α,     rate = −lr/c
 
 While |r| ≤ near, Ψ(1 + r) = 1 + x by six terms of the binomial series. A block in which some |r| is
 larger, or no number, also takes the full way for those (`_far`): φ, then 1 + δ/(cφ) or cφ + δ,
@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppkernels.ops._point import scaled_power, signed_power, with_sign
+from ppkernels.ops._device import warp_size
+from ppkernels.ops._point import scaled_power, signed_power, times_sign, with_sign
 from ppkernels.ops._tile import tile_bits, tile_offsets
 from ppkernels.ops.step.constants import (
     COLUMN_FIRST_BLOCK,
@@ -44,6 +45,8 @@ from ppkernels.ops.step.constants import (
     COLUMN_STATE,
     COLUMN_WEIGHT,
     CONSTANTS,
+    CONSTANTS_SIZE,
+    FACTOR_SCALE,
     HEAD_SIZE,
     IN_HEAD_BETA2,
     IN_HEAD_EPS,
@@ -82,19 +85,20 @@ from ppkernels.ops.step.table import (
     lies_on,
 )
 
-_WARPS = 4
+# Threads of a program: with the blocks of table.py, a 128-bit access of half types each.
+_THREADS = 128
 # Rows that a program looks through at once.
 _SEARCHED = 128
 
-# ---- the maths of a point; ``own`` points at the weight's constants, of which there are ``rows``
+# ---- the maths of a point; ``own`` points at the weight's constants
 
 
 @triton.jit
-def _decayed(grad, weight, own, rows, PRECISE: tl.constexpr):
+def _decayed(grad, weight, own, PRECISE: tl.constexpr):
     """The gradient with coupled decay: plus λ times the weight or a power of it."""
-    rate = constant(own, rows, OF_DECAY_RATE, weight.dtype)
+    rate = constant(own, OF_DECAY_RATE, weight.dtype)
     if rate != 0.0:
-        exponent = constant(own, rows, OF_DECAY_EXPONENT, tl.float64)
+        exponent = constant(own, OF_DECAY_EXPONENT, tl.float64)
         penalty = weight
         if exponent != 1.0:
             penalty = signed_power(weight, exponent, PRECISE)
@@ -103,26 +107,26 @@ def _decayed(grad, weight, own, rows, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _factor(weight, own, rows, PRECISE: tl.constexpr):
-    """|θ|^e of the Note, without meaning at θ = 0; 1 for a plain step."""
+def _factor(weight, own, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
+    """|θ|^e of the Note, and 0 at θ = 0; under the chain rule FACTOR_SCALE times that."""
     factor = tl.zeros_like(weight) + 1.0
-    if tl.load(own + OF_PLAIN * rows) == 0.0:
-        exponent = constant(own, rows, OF_EXPONENT, tl.float64)
-        # e = 0 is the virtual rule at α = 2.
-        if exponent != 0.0:
-            factor = scaled_power(weight, exponent, None, PRECISE)
+    exponent = constant(own, OF_EXPONENT, tl.float64)
+    # e = 0 is a plain step, or the virtual rule at α = 2.
+    if exponent != 0.0:
+        scale = tl.full((), FACTOR_SCALE, tl.float64) if CHAIN else None
+        factor = scaled_power(weight, exponent, scale, PRECISE)
     return factor
 
 
 @triton.jit
-def _kept(weight, own, rows):
+def _kept(weight, own):
     """What decoupled decay leaves of the weight.
 
     A factor close to 1, rounded to float32, would be off by the same in every step; as the little
     that it takes away it is exact enough.
     """
     DTYPE: tl.constexpr = weight.dtype
-    factor = constant(own, rows, OF_KEEP, tl.float64)
+    factor = constant(own, OF_KEEP, tl.float64)
     kept = weight
     if DTYPE == tl.float64 or factor <= 0.5:
         kept = weight * factor.to(DTYPE)
@@ -132,19 +136,19 @@ def _kept(weight, own, rows):
 
 
 @triton.jit
-def _far(weight, u, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
+def _far(weight, u, own, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
     """θ' by way of φ, whatever r is."""
     DTYPE: tl.constexpr = weight.dtype
-    alpha = constant(own, rows, OF_ALPHA, tl.float64)
+    alpha = constant(own, OF_ALPHA, tl.float64)
     size = tl.abs(weight)
     phi = scaled_power(weight, 1.0 / alpha, None, PRECISE)
-    delta = -constant(own, rows, OF_LR, DTYPE) * u
+    delta = -constant(own, OF_LR, DTYPE) * u
     if not CHAIN:
         delta = delta * (alpha.to(DTYPE) * (size / phi))
     # At φ = 0 momentum would move a weight that has no gradient: the slope there, 0, stops it.
     delta = tl.where(size == 0.0, 0.0 * u, delta)
-    phi = with_sign(constant(own, rows, OF_KEEP_PHI, DTYPE) * phi, weight)
-    kept = _kept(weight, own, rows)
+    phi = with_sign(constant(own, OF_KEEP_PHI, DTYPE) * phi, weight)
+    kept = _kept(weight, own)
     # Where δ is the larger, δ/φ could overflow, and φ + δ is as exact.
     is_near = tl.abs(delta) < tl.abs(phi)
     r = tl.where(is_near, delta / phi, 0.0)
@@ -162,35 +166,36 @@ def _far(weight, u, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _multiplied(weight, u, factor, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
+def _multiplied(weight, u, factor, own, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
     """θ' = keep·θ·Ψ(1 + r); see Note [A step on θ alone, on a GPU]."""
     DTYPE: tl.constexpr = weight.dtype
-    scaled = u * constant(own, rows, OF_RATE, DTYPE)
-    r = scaled / factor if CHAIN else scaled * factor
+    scaled = u * constant(own, OF_RATE, DTYPE)
     # θ = 0 is multiplied by anything finite; what is not finite must show.
-    r = tl.where(weight == 0.0, 0.0 * u, tl.where(weight < 0.0, -r, r))
-    kept = _kept(weight, own, rows)
-    x = constant(own, rows, OF_TERMS + TERM_COUNT - 1, DTYPE) * r
+    r = times_sign(scaled * factor, weight)
+    kept = _kept(weight, own)
+    x = constant(own, OF_TERMS + TERM_COUNT - 1, DTYPE) * r
     for i in tl.static_range(2, TERM_COUNT + 1):
-        x = (x + constant(own, rows, OF_TERMS + TERM_COUNT - i, DTYPE)) * r
+        x = (x + constant(own, OF_TERMS + TERM_COUNT - i, DTYPE)) * r
     # Near, the sign of θ stays; written back, for the sum makes +0 of −0.
     moved = with_sign(tl.abs(kept + kept * x), weight)
-    is_far = (tl.abs(r) <= constant(own, rows, OF_NEAR, DTYPE)) == 0  # NaN is
-    if tl.max(is_far.to(tl.int32)) != 0:
-        moved = tl.where(is_far, _far(weight, u, own, rows, CHAIN, PRECISE), moved)
+    # As integers, sizes compare as they do as numbers, and NaN is the largest.
+    size = tl.abs(r).to(tl.int32, bitcast=True)
+    near = constant(own, OF_NEAR, DTYPE).to(tl.int32, bitcast=True)
+    if tl.max(size) > near:
+        moved = tl.where(size > near, _far(weight, u, own, CHAIN, PRECISE), moved)
     return moved
 
 
 @triton.jit
-def _moved(weight, u, factor, own, rows, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
+def _moved(weight, u, factor, own, CHAIN: tl.constexpr, PRECISE: tl.constexpr):
     """The weight after the direction ``u``."""
     DTYPE: tl.constexpr = weight.dtype
-    if tl.load(own + OF_PLAIN * rows) != 0.0:
-        moved = _kept(weight, own, rows) - constant(own, rows, OF_LR, DTYPE) * u
+    if tl.load(own + OF_PLAIN) != 0.0:
+        moved = _kept(weight, own) - constant(own, OF_LR, DTYPE) * u
     elif DTYPE == tl.float64:
-        moved = _far(weight, u, own, rows, CHAIN, PRECISE)
+        moved = _far(weight, u, own, CHAIN, PRECISE)
     else:
-        moved = _multiplied(weight, u, factor, own, rows, CHAIN, PRECISE)
+        moved = _multiplied(weight, u, factor, own, CHAIN, PRECISE)
     return moved
 
 
@@ -218,15 +223,23 @@ def _moments(grad, first, second, table):
 
 
 @triton.jit
-def _adam_direction(first, second, table, own, rows):
+def _adam_direction(first, second, table, own):
     DTYPE: tl.constexpr = first.dtype
     # The plain sqrt takes subnormal float32 for 0.
     root = tl.sqrt(second) if DTYPE == tl.float64 else tl.sqrt_rn(second)
     eps = number_in(table + IN_HEAD_EPS).to(DTYPE)
-    return first / (root * constant(own, rows, OF_ROOT2, DTYPE) + eps)
+    return first / (root * constant(own, OF_ROOT2, DTYPE) + eps)
 
 
 # ---- the pass: load, point, store
+
+
+@triton.jit
+def _begun(firsts, begin, block, rows, LANES: tl.constexpr):
+    """How many of LANES rows from ``begin`` on begin at or before ``block``."""
+    lanes = begin + tl.arange(0, LANES)
+    first = tl.load(firsts + lanes, mask=lanes < rows, other=block + 1)
+    return (first <= block).to(tl.int32)
 
 
 @triton.jit
@@ -236,18 +249,23 @@ def _row_of(firsts, block, rows, LANES: tl.constexpr):
     ``firsts`` points at the rows' first blocks. All are looked at, LANES at a time: for a model's
     hundred weights that is one access, where a binary search takes seven, one after the other.
     """
-    found = tl.zeros([LANES], tl.int32)
-    for begin in range(0, rows, LANES):
-        lanes = begin + tl.arange(0, LANES)
-        first = tl.load(firsts + lanes, mask=lanes < rows, other=block + 1)
-        found += (first <= block).to(tl.int32)
+    found = _begun(firsts, 0, block, rows, LANES)
+    if rows > LANES:
+        for begin in range(LANES, rows, LANES):
+            found += _begun(firsts, begin, block, rows, LANES)
     return tl.sum(found) - 1
+
+
+@triton.jit
+def _word(row, all_rows, COLUMN: tl.constexpr):
+    """What stands in a column of the table."""
+    return tl.load(row + COLUMN * all_rows)
 
 
 @triton.jit
 def _memory(row, all_rows, COLUMN: tl.constexpr, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Element ``start`` of the tensor whose address stands in COLUMN."""
-    memory = tl.load(row + COLUMN * all_rows).to(tl.pointer_type(TYPE))
+    memory = _word(row, all_rows, COLUMN).to(tl.pointer_type(TYPE))
     if ALIGNED:
         memory = tl.multiple_of(memory, 16)
     return memory + start
@@ -277,9 +295,9 @@ def _store(memory, values, tile, left, BLOCK: tl.constexpr):
 @triton.jit
 def _free(row, all_rows, start, left, BLOCK: tl.constexpr):
     """Whether the elements may move, [BLOCK/8, 8]; true where the weight has no mask."""
-    address = tl.load(row + COLUMN_MASK * all_rows)
+    address = _word(row, all_rows, COLUMN_MASK)
     words = address.to(tl.pointer_type(tl.uint8)) + start // 8
-    return tile_bits(words, tl.where(address == 0, 0, (left + 7) // 8), 255, BLOCK // 8) != 0
+    return tile_bits(words, tl.where(address == 0, 0, (left + 7) // 8), 255, BLOCK // 8)
 
 
 @triton.jit
@@ -309,8 +327,8 @@ def _step_block(
     COMPUTE: tl.constexpr = tl.float64 if WEIGHT == tl.float64 else tl.float32
     PRECISE: tl.constexpr = STATE.primitive_bitwidth > 16
     tile = tile_offsets(BLOCK // 8)
-    start = (block - tl.load(row + COLUMN_FIRST_BLOCK * all_rows)) * BLOCK
-    left = tl.minimum(tl.load(row + COLUMN_NUMEL * all_rows) - start, BLOCK).to(tl.int32)
+    start = (block - _word(row, all_rows, COLUMN_FIRST_BLOCK)) * BLOCK
+    left = tl.minimum(_word(row, all_rows, COLUMN_NUMEL) - start, BLOCK).to(tl.int32)
 
     weights = _memory(row, all_rows, COLUMN_WEIGHT, start, WEIGHT, ALIGNED)
     stored = _load(weights, tile, left, BLOCK)
@@ -332,18 +350,17 @@ def _step_block(
         states2 = _memory(row, all_rows, COLUMN_STATE + 2, start, STATE, ALIGNED)
         before2 = _load(states2, tile, left, BLOCK)
 
-    grad = grad * constant(own, all_rows, OF_GRAD_FACTOR, COMPUTE)
+    grad = grad * constant(own, OF_GRAD_FACTOR, COMPUTE)
     # Under the chain rule, λφ joins the gradient of φ.
     if not (CHAIN and DECAY_OF_PHI):
-        grad = _decayed(grad, weight, own, all_rows, PRECISE)
-    factor = _factor(weight, own, all_rows, PRECISE)
+        grad = _decayed(grad, weight, own, PRECISE)
+    factor = _factor(weight, own, CHAIN, PRECISE)
     if CHAIN:
-        if tl.load(own + OF_PLAIN * all_rows) == 0.0:
-            alpha = constant(own, all_rows, OF_ALPHA, COMPUTE)
-            # Not by 1/|φ|, which overflows where θ is subnormal.
-            grad = grad * tl.where(weight == 0.0, 0.0, alpha * (tl.abs(weight) / factor))
+        if tl.load(own + OF_PLAIN) == 0.0:
+            alpha = constant(own, OF_ALPHA, COMPUTE)
+            grad = grad * ((alpha / FACTOR_SCALE) * (tl.abs(weight) * factor))
         if DECAY_OF_PHI:
-            grad = _decayed(grad, weight, own, all_rows, PRECISE)
+            grad = _decayed(grad, weight, own, PRECISE)
 
     u = grad
     if ADAM:
@@ -353,10 +370,10 @@ def _step_block(
             largest = before2.to(COMPUTE)
             # A NaN must show, whichever of the two it is in.
             largest = tl.where((state1 <= largest) | (largest != largest), largest, state1)
-        u = _adam_direction(state0, largest, table, own, all_rows)
+        u = _adam_direction(state0, largest, table, own)
     elif STATES > 0:
         u, state0 = _momentum(grad, before0.to(COMPUTE), table, NESTEROV)
-    moved = _moved(weight, u, factor, own, all_rows, CHAIN, PRECISE)
+    moved = _moved(weight, u, factor, own, CHAIN, PRECISE)
 
     shown = moved.to(WEIGHT)
     if MASKS:
@@ -414,8 +431,8 @@ def step_kernel(
     block = tl.program_id(0).to(tl.int64)
     first = table + HEAD_SIZE + begin
     at = begin + _row_of(first + COLUMN_FIRST_BLOCK * all_rows, block, rows, LANES)
-    own = constants + at
-    if tl.load(own + OF_GOES * all_rows) != 0.0:
+    own = constants + at * CONSTANTS_SIZE
+    if tl.load(own + OF_GOES) != 0.0:
         _step_block(
             table,
             table + HEAD_SIZE + at,
@@ -577,10 +594,11 @@ def _is_asked_here(found_inf: Tensor, lists: Lists, device: torch.device) -> boo
 
 def _launch(table: Table, on_device: Tensor, states: int, **variant: bool) -> None:
     rows = len(table.rows)
-    constants = on_device.new_empty((CONSTANTS, rows), dtype=torch.float64)
+    constants = on_device.new_empty((rows, CONSTANTS), dtype=torch.float64)
     prepared = {name: variant[name] for name in ("ADAM", "CHAIN", "DECAY_OF_PHI")}
     grid = (triton.cdiv(rows, PREPARED),)
-    prepare_kernel[grid](on_device, constants, rows, **prepared, LANES=PREPARED, num_warps=1)
+    prepare_kernel[grid](on_device, constants, rows, **prepared, **prepare_choices())
+    warp = warp_size(on_device.device)
     for group in table.groups:
         if group.blocks == 0:
             continue
@@ -590,17 +608,29 @@ def _launch(table: Table, on_device: Tensor, states: int, **variant: bool) -> No
             group.begin,
             group.rows,
             rows,
-            WEIGHT=_TYPES[group.weight_dtype],
-            STATE=_TYPES[group.state_dtype],
             ALIGNED=group.is_aligned,
             STATES=states,
             MASTERS=group.has_masters,
             MASKS=group.has_masks,
-            LANES=_SEARCHED,
-            BLOCK=block_of(group.weight_dtype),
-            num_warps=_WARPS,
+            **step_choices(group.weight_dtype, group.state_dtype, warp),
             **variant,
         )
+
+
+def prepare_choices() -> dict[str, Any]:
+    """What every launch of `prepare_kernel` fixes; the compiled code depends on it."""
+    return {"LANES": PREPARED, "num_warps": 1}
+
+
+def step_choices(weight_dtype: torch.dtype, state_dtype: torch.dtype, warp: int) -> dict[str, Any]:
+    """What a launch of `step_kernel` fixes by these types, on a GPU with such warps."""
+    return {
+        "WEIGHT": _TYPES[weight_dtype],
+        "STATE": _TYPES[state_dtype],
+        "LANES": _SEARCHED,
+        "BLOCK": block_of(weight_dtype),
+        "num_warps": _THREADS // warp,
+    }
 
 
 _TYPES = {
