@@ -260,7 +260,9 @@ _SCHEMAS = {
 
 
 def _define(name: str, kernel: Any) -> None:
-    tags = (torch.Tag.pt2_compliant_tag,)
+    # Inductor ends its CUDA graphs before a step: what their trial runs allocate has to be let go,
+    # and a table is kept (kept.py). A graph of one's own can record a step.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     torch.library.define(f"ppkernels::{name}", _SCHEMAS[name], tags=tags)
     torch.library.register_fake(f"ppkernels::{name}", lambda *args: None)
     # The reference, wherever nothing better is registered for a device.
