@@ -225,8 +225,8 @@ def test_a_capture_refuses_numbers_on_the_host(
     lists = lists_of(6, 7)
     scaling = {"grad_scale": torch.ones(()), "found_inf": torch.zeros(())}
     on_host = [*lists.steps] if name == "steps" else [scaling[name]]
-    for name in ("_checks", "ops.step.kept", "ops.step.table"):
-        monkeypatch.setattr(f"ppkernels.{name}.is_captured", lambda device: True)
+    for module in ("_checks", "ops.step.kept", "ops.step.table"):
+        monkeypatch.setattr(f"ppkernels.{module}.is_captured", lambda device: True)
     launch(lists, **scaling)
     assert len(launches) == 2
     monkeypatch.setattr(
