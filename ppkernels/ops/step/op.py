@@ -87,7 +87,8 @@ def sgd_step_(
     Exactness: float32 and the half types in float32, float64 in float64. What φ moves by is good to
     2^-20 of itself, and 2^-24 more for each power of two between |θ| and 1; twice that by the chain
     rule. θ' is rounded from there, within 2 ULP. A step of zero leaves θ bit-equal, and θ = 0 stays
-    0 for α > 1. What is not finite stays so.
+    0 for α > 1. What is not finite stays so. On GPUs the bound of φ's move in float32 is for |θ|
+    from 2^-102 to 2^102: beyond, a factor of it may be subnormal and lose bits, or the move all.
 
     Raises:
         TypeError, ValueError, RuntimeError: tensors that do not go together, options out of range.
