@@ -88,20 +88,21 @@ bench-gpu: $(INSTALLED)
 test-gpu: $(COMPILED)
 	$(PY) -m pytest -m gpu
 
+# Time, and memory though a row of the first has failed; the exit code is the worse of the two.
+MEASURE = $(1) --save; time=$$?; $(1) --memory --save; memory=$$?; exit $$((time > memory ? time : memory))
+
 measure-gpu: test-gpu
 ifdef ARGS
 	$(PY) -m bench --device cuda $(ARGS)
 else
-	$(PY) -m bench --device cuda --save
-	$(PY) -m bench --device cuda --memory --save
+	$(call MEASURE,$(PY) -m bench --device cuda)
 endif
 
 bench: $(COMPILED)
 ifdef ARGS
 	$(PY) -m bench $(ARGS)
 else
-	$(PY) -m bench --save
-	$(PY) -m bench --memory --save
+	$(call MEASURE,$(PY) -m bench)
 endif
 
 # ---- lint

@@ -78,13 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(sentence)
         return 0
     console = Console() if sys.stdout.isatty() else Console(width=100)
+    # Asked before anything runs: a GPU may not live to tell.
+    facts = gpu.facts() if on_gpu else machine.facts(options.threads)
+    path = gpu.results_path() if on_gpu else machine.results_path()
     failures = results.failing_ops((op for row in rows for op in row.ops), options.device)
     for op, sentence in failures.items():
         console.print(f"[red]{op} is not timed: its values are wrong.[/red] {sentence}")
+    if on_gpu and has_died(console):
+        return 1
     sound = [row for row in rows if not failures.keys() & set(row.ops)]
-    # Asked before the rows run: a GPU may not live to tell.
-    facts = gpu.facts() if on_gpu else machine.facts(options.threads)
-    path = gpu.results_path() if on_gpu else machine.results_path()
     if options.memory:
         is_whole, found = weigh(console, sound, options)
     else:
@@ -147,8 +149,7 @@ def time_rows(
         except Exception:
             console.print(f"\n[red]failed:[/red] {escape(row.name)}", highlight=False)
             traceback.print_exc()
-            if on_gpu and not gpu.is_alive():
-                console.print("[red]The GPU answers no more; no further row is measured.[/red]")
+            if on_gpu and has_died(console):
                 break
         else:
             measured.append(result)
@@ -156,6 +157,14 @@ def time_rows(
         if on_gpu:
             gpu.release()
     return measured
+
+
+def has_died(console: Console) -> bool:
+    """Whether the GPU is lost to this process, which is said."""
+    if gpu.is_alive():
+        return False
+    console.print("[red]The GPU answers no more; no further row is measured.[/red]")
+    return True
 
 
 def weigh(console: Console, rows: Sequence[Row], options: argparse.Namespace) -> Found:

@@ -73,8 +73,7 @@ def alpha_tensor(
             f"{op}: {name} as a tensor must be 0-dim float64 (a rounded exponent is another "
             f"exponent), got {tuple(alpha.shape)} {alpha.dtype}"
         )
-    if alpha.requires_grad:
-        raise ValueError(f"{op}: there is no gradient with respect to {name}; pass {name}.detach()")
+    check_no_grad(op, name, alpha)
     if device is not None and alpha.device.type != "cpu" and alpha.device != device:
         raise ValueError(
             f"{op}: {name} must be on the CPU or on the device of the weight, {device}, "
@@ -84,6 +83,12 @@ def alpha_tensor(
     if is_plain and alpha.device.type == "cpu" and not torch.compiler.is_compiling():
         check_alpha(op, alpha.item(), name)
     return alpha
+
+
+def check_no_grad(op: str, name: str, number: Tensor) -> None:
+    """``number`` asks for no gradient: there is none."""
+    if number.requires_grad:
+        raise ValueError(f"{op}: there is no gradient with respect to {name}; pass {name}.detach()")
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -136,3 +141,12 @@ def is_captured(device: torch.device) -> bool:
     if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False  # without a GPU the question itself could fail
     return torch.cuda.is_current_stream_capturing()
+
+
+def check_not_captured(op: str, name: str, device: torch.device) -> None:
+    """No CUDA graph is recorded on ``device``, whose replays would not follow ``name``."""
+    if is_captured(device):
+        raise RuntimeError(
+            f"{op}: every replay of the CUDA graph would take the value that {name}, a tensor on "
+            f"the CPU, has now; it has to be on {device}"
+        )

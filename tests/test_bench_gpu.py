@@ -69,22 +69,53 @@ def test_without_triton_there_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch)
     assert gpu.missing() is None
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_says_the_sentence_and_builds_nothing() -> None:
-    # A make inside another would also print where it is.
+def make(target: str, python: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``make target`` with this interpreter, and without the stamps of .venv."""
+    # A make inside another would also print where it is, and take its arguments.
     inherited = {key: value for key, value in os.environ.items() if "MAKE" not in key}
-    inherited.pop("MFLAGS", None)
-    # Without the stamp of .venv: it is this interpreter that is asked.
-    made = subprocess.run(
-        ["make", "bench-gpu", f"PY={sys.executable}", "INSTALLED="],
+    for variable in ("MFLAGS", "ARGS"):
+        inherited.pop(variable, None)
+    return subprocess.run(
+        ["make", target, f"PY={python}", "INSTALLED=", "COMPILED="],
         cwd=ROOT,
-        env={**inherited, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_says_the_sentence_and_builds_nothing() -> None:
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    made = make("bench-gpu", sys.executable, **hidden)
     assert made.returncode == 0, made.stderr
     (line,) = made.stdout.splitlines()
     assert line.startswith("No GPU is measured: ")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("target", "before", "device"),
+    [("bench", [], ""), ("measure-gpu", ["-m pytest -m gpu"], "--device cuda ")],
+)
+@pytest.mark.parametrize(("time", "memory"), [(0, 0), (1, 0), (0, 2), (1, 2)])
+def test_make_measures_memory_whatever_became_of_time(
+    target: str, before: list[str], device: str, time: int, memory: int, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'echo "$@" >> "{tmp_path}/calls"\n'
+        f'case "$*" in *--memory*) exit {memory};; *bench*) exit {time};; esac\n'
+    )
+    python.chmod(0o755)
+    made = make(target, python)
+    calls = [f"-m bench {device}--save", f"-m bench {device}--memory --save"]
+    assert (tmp_path / "calls").read_text().splitlines() == [*before, *calls]
+    # That of make itself is 2, and it names the recipe's.
+    assert (made.returncode == 0) == (time == memory == 0)
+    if made.returncode:
+        assert f"Error {max(time, memory)}" in made.stderr
 
 
 def test_threads_are_the_cpus(capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,6 +407,7 @@ def test_a_run_from_the_command_line(
     timer.device = torch.device("cpu")
     monkeypatch.setattr(gpu, "gpu_timer", lambda: timer)
     monkeypatch.setattr(gpu, "missing", lambda: None)
+    monkeypatch.setattr(gpu, "is_alive", lambda: True)
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu, "IN_MEMORY", 2**20)
     monkeypatch.setattr(command, "rows_on", lambda device: (step, small))
@@ -423,6 +455,30 @@ def assert_can_be_printed(saved: dict[str, Any]) -> None:
     assert heading.startswith("power/small/float32/alpha=1.25  8 elements, in cache, ")
     (line,) = (line for line in written.getvalue().splitlines() if OURS in line)
     assert [cell.strip() for cell in line.split("│")[-3:-1]] == ["10 µs", "3 µs"]
+
+
+def test_a_gpu_that_died_in_the_check_of_an_op(
+    described: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It tells nothing any more: neither of its memory, nor a row's time."""
+    pytest.importorskip("triton")
+    described(H100)
+
+    def fails(*args: object, **options: object) -> None:
+        monkeypatch.setattr(gpu, "is_alive", lambda: False)
+        for ask in ("mem_get_info", "get_device_properties"):
+            monkeypatch.setattr(torch.cuda, ask, fails)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "missing", lambda: None)
+    monkeypatch.setattr(machine, "RESULTS", Path("nowhere"))
+    monkeypatch.setattr(results, "check_values", fails)
+    assert command.main(["--device", "cuda", "--save", "step/"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "sgd_step_ is not timed" in printed
+    assert printed.endswith("The GPU answers no more; no further row is measured.")
 
 
 def test_a_gpu_that_died_ends_the_run(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ppkernels import _powered
-from ppkernels._checks import alpha_tensor, check_alpha, check_word, is_captured
+from ppkernels._checks import alpha_tensor, check_alpha, check_no_grad, check_word, is_captured
 from ppkernels.optim.batch import Batch, batch_of, check_owners
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -59,11 +59,12 @@ class PowerOptimizer(Optimizer):
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise unless ``options`` are those of a group; a subclass adds its own."""
         name = type(self).__name__
-        for option in ("lr", "weight_decay"):
+        lr, decay = (
             self.check_number(option, options[option], at_least=0)
+            for option in ("lr", "weight_decay")
+        )
         for option, words in _WORDS.items():
             check_word(name, option, options[option], *words)
-        lr, decay = float(options["lr"]), float(options["weight_decay"])
         if options["decay"] == "decoupled" and lr * decay >= 1:
             raise ValueError(
                 f"{name}: decoupled decay multiplies weights by 1 - lr * weight_decay, which must "
@@ -77,19 +78,26 @@ class PowerOptimizer(Optimizer):
 
     def check_number(
         self, name: str, value: Any, *, at_least: float = -math.inf, below: float = math.inf
-    ) -> None:
-        """Raise unless ``value`` is a finite number in [at_least, below)."""
+    ) -> float:
+        """``value`` as a float; an error unless it is a finite number in [at_least, below)."""
         optimizer = type(self).__name__
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        # A scheduler may want the learning rate as a tensor.
-        is_lr_tensor = name == "lr" and isinstance(value, Tensor) and value.numel() == 1
-        if not is_number and not is_lr_tensor:
+        if name == "lr" and isinstance(value, Tensor):  # as a scheduler may want it
+            if value.numel() != 1 or not value.is_floating_point():
+                raise TypeError(
+                    f"{optimizer}: lr as a tensor must hold one floating-point number, got "
+                    f"{tuple(value.shape)} {value.dtype}"
+                )
+            check_no_grad(optimizer, "lr", value)
+            value = value.item()
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{optimizer}: {name} must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{optimizer}: {name} must be a finite number, got {float(value)}")
-        if not at_least <= value < below:
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"{optimizer}: {name} must be a finite number, got {number}")
+        if not at_least <= number < below:
             wanted = f">= {at_least}" + (f" and < {below}" if below < math.inf else "")
-            raise ValueError(f"{optimizer}: {name} must be a number {wanted}, got {float(value)}")
+            raise ValueError(f"{optimizer}: {name} must be a number {wanted}, got {number}")
+        return number
 
     def step_batch(
         self, group: dict[str, Any], batch: Batch, grads: list[Tensor], scaling: Scaling
@@ -294,7 +302,7 @@ class PowerOptimizer(Optimizer):
 def rate_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
     """A learning rate as the fused step takes it for weights on ``device``."""
     if not isinstance(lr, Tensor):
-        return float(lr)
+        return lr
     if lr.dtype not in (torch.float32, torch.float64):
         lr = lr.double()
     # One on the CPU is read there.

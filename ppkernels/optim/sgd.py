@@ -54,8 +54,9 @@ class PowerSGD(PowerOptimizer):
         params: a model; or its parameters or parameter groups, as any torch optimizer takes them. A
             group may have an option ``alpha`` (a float or a 0-dim float64 tensor): its tensors hold
             θ and take the powered step though they belong to no powered layer.
-        lr: the learning rate, ≥ 0: a number, or a tensor of one (float32 or float64), whose value
-            is read at each step, by the kernel itself where it lies on the weights' GPU.
+        lr: the learning rate, ≥ 0: a number, or a floating-point tensor of one, without a gradient,
+            whose value is read at each step, by the kernel itself where it lies on the weights'
+            GPU.
         momentum: μ ≥ 0.
         dampening: τ.
         weight_decay: λ ≥ 0. None by default.
@@ -79,15 +80,21 @@ class PowerSGD(PowerOptimizer):
             update mask, at a step too.
         RuntimeError: at a step, sparse gradients, a weight that torch.nn.utils has replaced, or one
             whose powered layer is gone; no parameter has changed then. During the capture of a CUDA
-            graph, a parameter without its state.
+            graph, a parameter without its state, and an ``lr`` or a count of Adam's steps in a
+            tensor on the CPU, where replays would not look.
 
     Under torch.compile a step is a graph break and runs as it is.
 
-    A step on a GPU waits for nothing, and a CUDA graph can capture it (torch's ``capturable``,
-    which needs no switch here) once a step has made the state. Replays follow gradients, exponents
-    (`pp.set_alpha`), an ``lr`` in a tensor on the GPU, and a GradScaler's scale and overflow flag.
-    The rest is as it was at the capture: other options, update masks, which parameters have
-    gradients; capture again when they change.
+    A step on a GPU waits for nothing, but for two things. The first step after a layer has changed
+    compares exponents and masks of layers that share a weight; and the first with a dampening has
+    to know from a GradScaler if it is left out.
+
+    A CUDA graph can capture a step (torch's ``capturable``, which needs no switch here) once a step
+    has made the state. Replays follow gradients, exponents (`pp.set_alpha`), an ``lr`` in a tensor
+    on the GPU, and a GradScaler's scale and overflow flag. The rest is as it was at the capture:
+    other options, an ``lr`` that is a number, update masks, which parameters have gradients;
+    capture again when they change. Each capture keeps the masks and exponents it has found, and
+    some kilobytes, as long as the memory of the weights lives: when a graph ends, nobody is told.
 
     Source: Schwarz et al., "Powerpropagation: A sparsity inducing weight reparameterisation", 2021.
     """

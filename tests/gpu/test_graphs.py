@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch._dynamo.utils
 from torch import Tensor, nn
 
 import ppkernels as pp
@@ -225,22 +226,30 @@ def test_compiled_forward_and_backward(
 
 @compilers("default", "reduce-overhead")
 def test_a_compiled_step(device: str, how: dict[str, str]) -> None:
-    """The op by itself, where rate and exponent are tensors: compiled once."""
-    weight = torch.randn(37, 41, device=device)
-    twin, momentum = weight.clone(), [torch.zeros_like(weight) for _ in range(2)]
+    """The op in a compiled function, where rate and exponent are tensors: compiled once.
+
+    Weight and momentum are as a training loop has them, always the same memory: with others
+    Inductor would make no CUDA graph at all. It makes one of the product before the step.
+    """
+    weight = nn.Parameter(torch.randn(37, 41, device=device))
+    twin, momentum = weight.detach().clone(), [torch.zeros_like(weight.data) for _ in range(2)]
+    torch._dynamo.mark_static_address(momentum[0])
     alpha = torch.tensor(1.5, dtype=torch.float64, device=device)
     lr = torch.tensor(0.1, device=device)
 
     def step(weight: Tensor, grad: Tensor, buffer: Tensor) -> None:
-        pp.sgd_step_([weight], [grad], [buffer], alphas=[alpha], lr=lr, momentum=0.9)
+        pp.sgd_step_([weight], [2 * grad], [buffer], alphas=[alpha], lr=lr, momentum=0.9)
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, **how)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda grad: step(weight, grad, momentum[0]), fullgraph=True, **how)
     for i in range(5):
-        grad = torch.randn_like(weight)
+        grad = torch.randn_like(twin)
         lr.fill_(0.1 / (i + 1))
         alpha.fill_(1 + i / 3)
+        torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
-            compiled(weight, grad, momentum[0])
+            compiled(grad)
         step(twin, grad, momentum[1])
         assert torch.equal(weight, twin)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0

@@ -224,11 +224,10 @@ def test_waiting_would_be_noticed(device: str) -> None:
         number.item()
 
 
-def test_an_optimizer_over_two_devices(network: Network, batch: Batch) -> None:
+def test_an_optimizer_over_two_devices(device: str, network: Network, batch: Batch) -> None:
     """The CPU and a GPU, or the CPU twice."""
-    other = "cuda" if torch.cuda.is_available() else "cpu"
     model, twin = network(), network()
-    model[3:].to(other)
+    model[3:].to(device)
     optimizers = [pp.optim.PowerAdamW(net, 0.01) for net in (model, twin)]
     for step in range(3):
         x, y = (tensor.float() for tensor in batch(step))

@@ -518,6 +518,27 @@ def check_sgd(rule: str, before: StepLists) -> None:
 # ---- overflows
 
 
+@pytest.mark.parametrize("alpha", [1.05, 1.5, 2.0, 8.0, 64.0, 130.0])
+@pytest.mark.parametrize("rule", ["virtual", "chain"])
+def test_first_steps_of_weights_far_from_one(rule, alpha):
+    """Momentum that begins at 0 is the gradient's, whose slope has to be right by itself."""
+    weight = torch.tensor([sign * 2.0**k for k in (-101, -80, -40, 0, 40, 101) for sign in (1, -1)])
+    size = weight.abs().double()
+    # The step is 0.4·φ/α, in either direction.
+    grad = (size ** (2 / alpha - 1) / alpha**2 * 5).float() * torch.tensor([1.0, 1.0, -1.0] * 4)
+    zeros = [torch.zeros_like(weight, device=DEVICE)]
+    call = Call(MOMENTUM, [weight.to(DEVICE)], [grad.to(DEVICE)], [zeros], [alpha], rule=rule)
+    exact, momentum = (tensor.cpu() for tensor in call.expected(0))
+    call.run()
+    # What the docstring of `sgd_step_` says of φ's step, in φ and in θ.
+    bound = 2.0**-20 + 2.0**-24 * size.log2().abs()
+    bound *= 2.0 if rule == "chain" else 1.0
+    off = (call.states[0][0].cpu().double() / momentum - 1).abs()
+    assert (off <= bound).all(), (off, bound)
+    off = (call.weights[0].cpu().double() / exact - 1).abs()
+    assert (off <= 2.0**-22 + bound * 0.4 / 0.6).all(), (off, bound)
+
+
 @pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM])
 def test_found_inf(optimizer):
     call = call_of(optimizer, weight_decay=0.1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +81,12 @@ def fails(op: str, changed: dict[str, Any], *parts: str) -> None:
         ({"lr": torch.tensor(math.nan)}, ("lr must be a finite number >= 0", "got nan")),
         ({"lr": torch.ones(2)}, ("lr as a tensor must hold one float32 or float64 number", "(2,)")),
         ({"lr": torch.ones((), dtype=torch.int64)}, ("lr as a tensor must hold one", "int64")),
+        ({"lr": torch.ones((), requires_grad=True)}, ("no gradient with respect to lr",)),
+        ({"lr": torch.ones((), device="meta")}, ("device of the weights, cpu", "got meta")),
+        ({"lr": None}, ("lr must be a number", "got None")),
+        ({"lr": "0.1"}, ("lr must be a number", "got '0.1'")),
+        ({"lr": 1j}, ("lr must be a number", "got 1j")),
+        ({"lr": np.ones(2)}, ("lr must be a number", "got array([1., 1.])")),
         ({"weight_decay": -1.0}, ("weight_decay must be a finite number >= 0", "got -1.0")),
         ({"decay": "none"}, ("decay must be 'coupled' or 'decoupled'", "got 'none'")),
         ({"decay_of": "w"}, ("decay_of must be 'theta' or 'phi'", "got 'w'")),
@@ -96,6 +104,15 @@ def fails(op: str, changed: dict[str, Any], *parts: str) -> None:
 def test_options(op: str, backend: str, changed: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pp.backend(backend):
         fails(op, changed, *parts)
+
+
+@each_op
+@pytest.mark.parametrize("lr", [np.array(0.1), np.float32(0.1), Fraction(1, 10)], ids=repr)
+def test_a_learning_rate_is_whatever_is_a_number(op: str, lr: Any) -> None:
+    weights = [[torch.ones(2, 3), torch.ones(2, 3)] for _ in range(2)]
+    for own, rate in zip(weights, (lr, float(lr)), strict=True):
+        CALLS[op](weights=own, lr=rate)
+    assert all(map(torch.equal, *weights))
 
 
 @kernels_only

@@ -175,6 +175,16 @@ def test_only_what_changed_is_brought_to_the_device(monkeypatch: pytest.MonkeyPa
     assert torch.equal(words[HEAD_WORDS:], columns)
 
 
+def test_a_table_made_in_inference_mode_serves_the_steps_after_it() -> None:
+    lists = lists_of(6, 7)
+    with torch.inference_mode():
+        inside = kept.table_for(lists)
+        words = inside.on_device({"lr": table.bits(0.1)}, lists)
+    assert kept.table_for(lists) is inside
+    assert inside.on_device({"lr": table.bits(0.2)}, lists) is words
+    assert words[HEAD.index("lr")] == table.bits(0.2)
+
+
 def test_tables_of_copies_are_not_kept() -> None:
     """The copies are as old as the table."""
     lists = lists_of(6, 7)
@@ -207,6 +217,33 @@ def test_nothing_of_the_model_is_kept_alive() -> None:
     assert [each() for each in gone] == [None] * len(gone)
 
 
+@pytest.mark.parametrize("name", ["steps", "grad_scale", "found_inf"])
+def test_a_capture_refuses_numbers_on_the_host(
+    name: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays would all take the same one: Adam would not get beyond its first correction."""
+    lists = lists_of(6, 7)
+    scaling = {"grad_scale": torch.ones(()), "found_inf": torch.zeros(())}
+    on_host = [*lists.steps] if name == "steps" else [scaling[name]]
+    for module in ("_checks", "ops.step.kept", "ops.step.table"):
+        monkeypatch.setattr(f"ppkernels.{module}.is_captured", lambda device: True)
+    launch(lists, **scaling)
+    assert len(launches) == 2
+    monkeypatch.setattr(
+        table, "lies_on", lambda tensor, device: all(tensor is not each for each in on_host)
+    )
+    with pytest.raises(RuntimeError, match=f"adam_step_: every replay .* value that {name}"):
+        launch(lists, **scaling)
+    assert len(launches) == 2
+    assert all(step.item() == 0 for step in lists.steps)
+
+
+@pytest.mark.parametrize("op", ["sgd_step_", "adam_step_"])
+def test_inductor_records_no_step(op: str) -> None:
+    """Its trial run of a CUDA graph refuses memory that is kept, such as a table's."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.ppkernels, op).default.tags
+
+
 class NoValues(TorchDispatchMode):
     """An error where the value of a tensor is asked for, which a GPU would be waited for."""
 
@@ -217,36 +254,49 @@ class NoValues(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", ["as they are", "with gaps", "channels_last"])
-def test_the_launcher_asks_for_no_value(
-    layout: str, lr_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever has to be copied or put in another order, and however lr, scale and flag come."""
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The arguments of the launches to come, which launch nothing."""
     pytest.importorskip("triton")
     from ppkernels.ops.step import gpu
 
-    launches: list[tuple[Any, ...]] = []
+    made: list[Any] = []
 
     class Recorder:
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **options: launches.append(args)
+            return lambda *args, **options: made.append(args)
 
     for kernel in ("prepare_kernel", "step_kernel"):
         monkeypatch.setattr(gpu, kernel, Recorder())
+    return made
+
+
+def launch(lists: Lists, lr_dtype: torch.dtype = torch.float32, **scaling: Tensor) -> None:
+    """What the GPU's launcher of Adam does."""
+    from ppkernels.ops.step import gpu
+
+    arguments = [lists.weights, lists.grads, *lists.states.values(), [], lists.steps, []]
+    arguments += [lists.masks, lists.alphas, lists.holds_phi, torch.tensor(0.1, dtype=lr_dtype)]
+    words = (0.9, 0.999, 1e-8, 0.1, "decoupled", "theta", "virtual", False)
+    gpu.adam_step_(*arguments, *words, *scaling.values())
+
+
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["as they are", "with gaps", "channels_last"])
+def test_the_launcher_asks_for_no_value(
+    layout: str, lr_dtype: torch.dtype, launches: list[Any]
+) -> None:
+    """Whatever has to be copied or put in another order, and however lr, scale and flag come."""
     lists = lists_of(4, 6, 3, 3)
     if layout == "with gaps":
         lists = replace(lists, weights=[torch.rand(4, 6, 3, 6)[..., ::2] for _ in range(3)])
     if layout == "channels_last":
         weights = [w.contiguous(memory_format=torch.channels_last) for w in lists.weights]
         lists = replace(lists, weights=weights)
-    words = (0.9, 0.999, 1e-8, 0.1, "decoupled", "theta", "virtual", False)
-    scaling = (torch.ones(()), torch.zeros(()))
-    arguments = [lists.weights, lists.grads, *lists.states.values(), [], lists.steps, []]
-    arguments += [lists.masks, lists.alphas, lists.holds_phi, torch.tensor(0.1, dtype=lr_dtype)]
+    scaling = {"grad_scale": torch.ones(()), "found_inf": torch.zeros(())}
     with NoValues():
         for _ in range(2):
-            gpu.adam_step_(*arguments, *words, *scaling)
+            launch(lists, lr_dtype, **scaling)
     assert len(launches) == 4
     with NoValues(), pytest.raises(AssertionError, match="asks for a value"):
         torch.ones(()).item()
@@ -255,9 +305,12 @@ def test_the_launcher_asks_for_no_value(
 def test_a_captured_call_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph copies it from the host at every replay, so it must be there as long as the weights.
 
-    Exponents and masks too: a layer may exchange them, and the graph knows their addresses.
+    Exponents and masks too: a layer may exchange them, and the graph knows their addresses. The
+    weights are their memory, whichever tensors of it the call was given.
     """
     lists = lists_of(6, 7)
+    weights = lists.weights
+    lists = replace(lists, weights=[weight.detach() for weight in weights])
     eager = kept.table_for(lists)
     for module in (kept, table):
         monkeypatch.setattr(module, "is_captured", lambda device: True)
@@ -275,7 +328,6 @@ def test_a_captured_call_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     assert kept.table_for(lists) is eager
     watched = [*hosts, *map(weakref.ref, (*lists.masks, *lists.alphas))]
-    weights = lists.weights
     del lists, captured
     gc.collect()
     assert len(hosts) == 1

@@ -139,3 +139,21 @@ def test_values_of_tied_layers_are_compared_after_a_capture(
         optimizer.step()
     with pytest.raises(ValueError, match="share one weight, so they need the same alpha"):
         optimizer.step()
+
+
+@each_kind
+def test_a_captured_step_refuses_a_learning_rate_on_the_host(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that was loaded to the CPU brings one, and replays would not follow it."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = nn.Linear(5, 16, device="cuda")
+        optimizer = optimizer_of(kind, model)
+        fill_gradients(model)
+        optimizer.step()
+        for name in ("_checks", "optim.power_optimizer", "optim.batch"):
+            monkeypatch.setattr(f"ppkernels.{name}.is_captured", lambda device: True)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = torch.zeros(())
+        with pytest.raises(RuntimeError, match=r"value that lr, a tensor on the CPU, has now"):
+            optimizer.step()

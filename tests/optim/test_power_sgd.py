@@ -423,6 +423,7 @@ def test_the_reference_takes_the_same_step(stepped: Callable[..., torch.Tensor])
         ({"lr": -0.1}, "lr must be a number >= 0, got -0.1"),
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"lr": torch.tensor(torch.inf)}, "lr must be a finite number, got inf"),
+        ({"lr": torch.ones((), requires_grad=True)}, "there is no gradient with respect to lr"),
         ({"momentum": -1}, "momentum must be a number >= 0, got -1"),
         (
             {"momentum": 0.9, "dampening": float("nan")},
@@ -446,7 +447,9 @@ def test_bad_options(options: dict, message: str) -> None:
     ("options", "message"),
     [
         ({"lr": "0.1"}, "lr must be a number, got '0.1'"),
-        ({"lr": torch.ones(2)}, r"lr must be a number, got tensor\(\[1., 1.\]\)"),
+        ({"lr": torch.ones(2)}, r"must hold one floating-point number, got \(2,\) torch.float32"),
+        ({"lr": torch.tensor(True)}, r"must hold one floating-point number, got \(\) torch.bool"),
+        ({"lr": torch.tensor(1j)}, r"must hold one floating-point number, got \(\) torch.complex"),
         ({"momentum": None}, "momentum must be a number, got None"),
         ({"weight_decay": "0"}, "weight_decay must be a number, got '0'"),
     ],

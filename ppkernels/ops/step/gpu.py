@@ -80,6 +80,7 @@ from ppkernels.ops.step.table import (
     Table,
     bits,
     block_of,
+    check_followed,
     check_number,
     count_steps,
     lies_on,
@@ -531,6 +532,7 @@ def _step(
     options["decay_rate"] = 0.0 if decay == "decoupled" else weight_decay
     options["grad_factor"] = -1.0 if maximize else 1.0
     variant |= {"CHAIN": rule == "chain", "DECAY_OF_PHI": decay_of == "phi"}
+    check_followed(lists, *scaling)
     # A kernel goes to the current device, which need not be that of the tensors.
     with torch.cuda.device_of(lists.weights[0]):
         table = table_for(lists)

@@ -8,6 +8,10 @@ compared by itself (`Table.on_device`), for a scheduler changes it in every step
 Not kept are tables of copies (weights with gaps, gradients that lie otherwise), tables with counts
 of steps from the host, and those that a CUDA graph records, for a graph has to find its table at
 every replay: that one is part of the graph.
+
+Where memory comes from a pool of somebody's (`torch.cuda.use_mem_pool`), a table that is kept stays
+in it, a few KB. Inductor's trial runs of CUDA graphs would not have that: they are kept from steps
+by the ops' tags (op.py).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_word
+from ppkernels._checks import alpha_tensor, check_no_grad, check_not_captured, check_word
 from ppkernels.ops.step import lists
 
 Tensors = Sequence[Tensor]
@@ -71,9 +71,10 @@ def sgd_step_(
         holds_phi: which weights hold φ; none by default.
         lr: η ≥ 0, a number, or a tensor of one, float32 or float64, on the CPU or on the weights'
             device. A tensor's value is read at the step: by the kernel where it lies on a GPU, so
-            that a CUDA graph sees it change (and nothing checks it there). torch.compile takes
-            numbers for constants: another one, as another ``momentum`` and the like, compiles
-            again, another value in the tensor does not.
+            that a CUDA graph sees it change (and nothing checks it there; a graph records no step
+            with a tensor on the CPU, whose value it would keep). torch.compile takes numbers for
+            constants: another one, as another ``momentum`` and the like, compiles again, another
+            value in the tensor does not.
         momentum, dampening, nesterov: as in torch.optim.SGD; but a buffer of zeros is averaged like
             any other, where torch takes the first gradient whole.
         weight_decay, decay, decay_of: λ ≥ 0, ``"coupled"`` or ``"decoupled"``, ``"theta"`` or
@@ -86,18 +87,20 @@ def sgd_step_(
     Exactness: float32 and the half types in float32, float64 in float64. What φ moves by is good to
     2^-20 of itself, and 2^-24 more for each power of two between |θ| and 1; twice that by the chain
     rule. θ' is rounded from there, within 2 ULP. A step of zero leaves θ bit-equal, and θ = 0 stays
-    0 for α > 1. What is not finite stays so.
+    0 for α > 1. What is not finite stays so. On GPUs the bound of φ's move in float32 is for |θ|
+    from 2^-102 to 2^102: beyond, a factor of it may be subnormal and lose bits, or the move all.
 
     Raises:
         TypeError, ValueError, RuntimeError: tensors that do not go together, options out of range.
 
     Source: Schwarz et al. 2021, section 2 and appendix (the virtual rule).
     """
-    _check_options("sgd_step_", weight_decay, lr, decay, decay_of, rule, momentum=momentum)
+    rate, value = _rate("sgd_step_", lr, weights)
+    _check_options("sgd_step_", weight_decay, value, decay, decay_of, rule, momentum=momentum)
     if momentum and not momentum_buffers and len(weights):
         raise ValueError(f"sgd_step_: momentum {momentum} needs momentum_buffers, got none")
     forms = _forms("sgd_step_", weights, masters, masks, alphas, holds_phi)
-    options = (_rate_tensor(lr), float(momentum), float(dampening), nesterov, float(weight_decay))
+    options = (rate, float(momentum), float(dampening), nesterov, float(weight_decay))
     words = (decay, decay_of, rule, maximize, grad_scale, found_inf)
     step: Any = lists.sgd_step_ if _backend.uses_reference() else torch.ops.ppkernels.sgd_step_
     with torch.no_grad():
@@ -144,7 +147,8 @@ def adam_step_(
         exp_avgs, exp_avg_sqs: m and v, each like its weight, or float32 beside a half type;
             overwritten.
         max_exp_avg_sqs: the largest v so far, which takes the place of v in u: AMSGrad. Empty: not.
-        steps: t of each weight, a float32 tensor of one number; counted up first.
+        steps: t of each weight, a float32 tensor of one number; counted up first. For a CUDA graph
+            they have to be on the weights' device, as ``grad_scale`` and ``found_inf`` do.
         beta1, beta2, eps: as in torch.optim.AdamW.
         lr, weight_decay, decay, decay_of, rule, maximize, grad_scale, found_inf: as in `sgd_step_`.
 
@@ -153,13 +157,14 @@ def adam_step_(
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; Reddi et al. 2018; the powered step: Schwarz
     et al. 2021.
     """
-    _check_options("adam_step_", weight_decay, lr, decay, decay_of, rule, eps=eps)
+    rate, value = _rate("adam_step_", lr, weights)
+    _check_options("adam_step_", weight_decay, value, decay, decay_of, rule, eps=eps)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"adam_step_: {name} must be a number >= 0 and < 1, got {beta}")
     forms = _forms("adam_step_", weights, masters, masks, alphas, holds_phi)
     states = (list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(steps))
-    options = (_rate_tensor(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
+    options = (rate, float(beta1), float(beta2), float(eps), float(weight_decay))
     words = (decay, decay_of, rule, maximize, grad_scale, found_inf)
     step: Any = lists.adam_step_ if _backend.uses_reference() else torch.ops.ppkernels.adam_step_
     with torch.no_grad():
@@ -184,18 +189,49 @@ def _forms(
     return list(masters), list(masks), exponents, list(map(int, holds_phi))
 
 
-def _rate_tensor(lr: float | Tensor) -> Tensor:
-    """A learning rate as the ops take it; the tensor is checked by the kernel."""
-    # The device is named because `with torch.device("meta")` would lose the value.
-    return (
-        lr if isinstance(lr, Tensor) else torch.scalar_tensor(lr, dtype=torch.float64, device="cpu")
-    )
+def _rate(op: str, lr: float | Tensor, weights: Tensors) -> tuple[Tensor, float]:
+    """A learning rate as the ops take it, and its value.
+
+    The value is 0 where asking for it would wait for a GPU or break a graph: there the kernel
+    checks it.
+    """
+    if not isinstance(lr, Tensor):
+        number = _number(op, lr)
+        # The device is named because `with torch.device("meta")` would lose the value.
+        return torch.scalar_tensor(number, dtype=torch.float64, device="cpu"), number
+    if lr.dtype not in (torch.float32, torch.float64) or lr.numel() != 1:
+        raise TypeError(
+            f"{op}: lr as a tensor must hold one float32 or float64 number, got "
+            f"{tuple(lr.shape)} {lr.dtype}"
+        )
+    check_no_grad(op, "lr", lr)
+    device = weights[0].device if len(weights) else lr.device
+    is_here = lr.device.type == "cpu"
+    if not is_here and lr.device != device:
+        raise ValueError(
+            f"{op}: lr must be on the CPU or on the device of the weights, {device}, "
+            f"got {lr.device}"
+        )
+    if not is_here or torch.compiler.is_compiling():
+        return lr, 0.0
+    check_not_captured(op, "lr", device)
+    return lr, lr.item()
+
+
+def _number(op: str, lr: Any) -> float:
+    # Words are turned away, though float() would read some.
+    if not isinstance(lr, (str, bytes)):
+        try:
+            return float(lr)
+        except TypeError:
+            pass
+    raise TypeError(f"{op}: lr must be a number, or a tensor of one, got {lr!r}")
 
 
 def _check_options(
     op: str,
     weight_decay: float,
-    lr: float | Tensor,
+    lr: float,
     decay: str,
     decay_of: str,
     rule: str,
@@ -204,30 +240,15 @@ def _check_options(
     check_word(op, "rule", rule, "virtual", "chain")
     check_word(op, "decay", decay, "coupled", "decoupled")
     check_word(op, "decay_of", decay_of, "theta", "phi")
-    rate = _known_rate(op, lr)
-    for name, number in {"lr": rate, "weight_decay": weight_decay, **more}.items():
+    for name, number in {"lr": lr, "weight_decay": weight_decay, **more}.items():
         # Written so that NaN fails.
         if not 0 <= number < math.inf:
             raise ValueError(f"{op}: {name} must be a finite number >= 0, got {number}")
-    if decay == "decoupled" and not rate * weight_decay < 1:
+    if decay == "decoupled" and not lr * weight_decay < 1:
         raise ValueError(
             f"{op}: decoupled decay multiplies weights by 1 - lr * weight_decay, which must be "
-            f"positive; got lr {rate} and weight_decay {weight_decay}"
+            f"positive; got lr {lr} and weight_decay {weight_decay}"
         )
-
-
-def _known_rate(op: str, lr: float | Tensor) -> float:
-    """The learning rate, or 0 where asking for it would wait for a GPU or break a graph."""
-    if not isinstance(lr, Tensor):
-        return lr
-    if lr.dtype not in (torch.float32, torch.float64) or lr.numel() != 1:
-        raise TypeError(
-            f"{op}: lr as a tensor must hold one float32 or float64 number, got "
-            f"{tuple(lr.shape)} {lr.dtype}"
-        )
-    if lr.device.type != "cpu" or torch.compiler.is_compiling():
-        return 0.0
-    return lr.item()
 
 
 def _written(found_inf: Tensor | None, *written: Tensors) -> None:
@@ -260,7 +281,9 @@ _SCHEMAS = {
 
 
 def _define(name: str, kernel: Any) -> None:
-    tags = (torch.Tag.pt2_compliant_tag,)
+    # Inductor ends its CUDA graphs before a step: what their trial runs allocate has to be let go,
+    # and a table is kept (kept.py). A graph of one's own can record a step.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     torch.library.define(f"ppkernels::{name}", _SCHEMAS[name], tags=tags)
     torch.library.register_fake(f"ppkernels::{name}", lambda *args: None)
     # The reference, wherever nothing better is registered for a device.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ppkernels._checks import check_floating, is_captured
+from ppkernels._checks import check_floating, check_not_captured, is_captured
 from ppkernels.ops._layout import arranged_words, is_dense, same_layout
 
 HEAD = (
@@ -138,8 +138,10 @@ class Table:
         words = [head.get(name, 0) for name in HEAD]
         if self.memory is None:
             columns = [row.words[column] for column in COLUMNS for row in self.rows]
-            host = _host_words(words + columns, lists)
-            self.memory = host.to(lists.weights[0].device, non_blocking=True)
+            # A step outside of inference mode may write its head to what one inside has made.
+            with torch.inference_mode(False):
+                host = _host_words(words + columns, lists)
+                self.memory = host.to(lists.weights[0].device, non_blocking=True)
         elif words != self.head:
             self.memory[:HEAD_WORDS].copy_(_host_words(words, lists), non_blocking=True)
         self.head = words
@@ -159,9 +161,10 @@ def _host_words(words: list[int], lists: Lists) -> Tensor:
     host = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=is_gpu)
     if is_captured(weight.device):
         # A CUDA graph copies from the host's memory at every replay, and follows the table to
-        # exponents and masks, which layers may exchange. It can be replayed while its weights live.
+        # exponents and masks, which layers may exchange. It can be replayed while its weights'
+        # memory lives; when it ends itself, nothing here can tell.
         kept = (host, lists.masks, lists.alphas)
-        weakref.finalize(weight, _let_go, kept).atexit = False
+        weakref.finalize(weight.untyped_storage(), _let_go, kept).atexit = False
     return host
 
 
@@ -311,6 +314,19 @@ def _check_master(
         raise RuntimeError(
             f"{lists.op}: a master copy is float32 beside a half weight, with float32 states"
         )
+
+
+def check_followed(
+    lists: Lists, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> None:
+    """Numbers that change lie where the replays of a CUDA graph look, if one is recorded."""
+    device = lists.weights[0].device
+    if not is_captured(device):
+        return
+    scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+    for name, numbers in {"steps": lists.steps, **{k: (v,) for k, v in scaling.items()}}.items():
+        if not all(number is None or lies_on(number, device) for number in numbers):
+            check_not_captured(lists.op, name, device)
 
 
 def check_number(
