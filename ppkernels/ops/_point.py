@@ -107,7 +107,7 @@ def scaled_power(x, exponent, scale, PRECISE: tl.constexpr):
         PRECISE: False for values that came from a half type: fewer terms.
 
     |x| = 0, inf or NaN gives |x| itself, and ``scale`` where the exponent is 0. Where the exact
-    value is normal, exponent in [0, 8]: float32 max 1.31 ULP (2.2 with a scale), float64 max 2 ULP,
+    value is normal, exponent in [0, 8]: float32 max 1.5 ULP (2 with a scale), float64 max 2 ULP,
     not PRECISE a relative error of at most 2^-16, and inf within that of the largest float32.
     Exponents 0 and 1 are exact where scale is 1, and 2 is correctly rounded if PRECISE. Subnormal
     values are rounded once more.

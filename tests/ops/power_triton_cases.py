@@ -23,10 +23,12 @@ from ppkernels.ops.power import gpu
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ALPHAS = (1.0, 1.1, 1.25, 1.5, 2.0, 2.7, 3.0, 4.0, 8.0)
+# Where the largest errors were found among 210 random exponents.
+HARDEST = (2.6769477328066635, 2.900672338661497, 7.099375636850165)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # The stated errors, in units of the last place of the exact value.
-MAX_ULP = {torch.float32: 1.31, torch.float64: 2.0}
-MAX_ULP_SCALED = {torch.float32: 2.2, torch.float64: 2.0}
+MAX_ULP = {torch.float32: 1.5, torch.float64: 2.0}
+MAX_ULP_SCALED = {torch.float32: 2.0, torch.float64: 2.0}
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +85,7 @@ def subnormal_error(result: torch.Tensor, exact: np.ndarray) -> float:
 
 
 @pytest.mark.usefixtures("large_blocks")
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", [*ALPHAS, *HARDEST])
 def test_single_precision_error(alpha):
     values = single_samples()
     weight, exact_weight = torch.from_numpy(values).to(DEVICE), values.astype(np.float64)
