@@ -59,7 +59,7 @@ class PowerLinear(Powered, nn.Linear):
         theta = self.weight
         if self.stores == "phi":
             alpha: Any = self._buffers["alpha"]
-            words = self._words(theta)
+            words = None if self._mask is None else self._words(theta)
             if theta.is_cuda and not input.is_nested:
                 return power_linear(input, theta, alpha, self.bias, words=words)
             # The backward pass wants θ too, and another power costs more than the memory.
