@@ -363,7 +363,8 @@ def _refuse_untraceable_gradients() -> None:
 
 
 # Words may be None or left away. Each None that is passed along costs a layer's call a fraction of
-# a microsecond: `Power` leaves it away.
+# a microsecond: `Power` leaves it away. (Dynamo does not: it calls `Power.forward` with all that
+# `Power.apply` was called with, so that a Function of its own for masks would not do.)
 
 
 def _power(weight: Tensor, alpha: Tensor, *words: Tensor | None) -> Tensor:
