@@ -6,23 +6,16 @@
 
 #include "check.h"
 #include "kernels/bitmask.h"
+#include "values.h"
 
 namespace {
 
 using ppkernels::Type;
+using ppkernels_test::Random;
 
 const ppkernels::BitmaskKernels* kernels;
 
 const int64_t kSizes[] = {0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 511, 1003};
-
-// A reproducible stream of numbers.
-struct Random {
-  uint64_t state = 1;
-  uint32_t next() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return uint32_t(state >> 32);
-  }
-};
 
 std::vector<uint8_t> random_entries(int64_t n, uint32_t seed = 1) {
   Random random{seed};

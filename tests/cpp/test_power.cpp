@@ -5,44 +5,25 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <vector>
 
 #include "check.h"
 #include "kernels/power.h"
+#include "values.h"
 
 namespace {
 
 using ppkernels::Type;
+using ppkernels_test::from_bits;
+using ppkernels_test::kInf;
+using ppkernels_test::kNaN;
+using ppkernels_test::same;
 
 const ppkernels::PowerKernels* kernels;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// The same value, counting NaNs as equal and 0 and -0 as different.
-bool same(float a, float b) { return to_bits(a) == to_bits(b) || (a != a && b != b); }
-
-// A reproducible stream of numbers.
-struct Random {
-  uint64_t state = 1;
-  uint32_t next() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return uint32_t(state >> 32);
-  }
-  float weight() { return (float(next()) / 4294967296.0f - 0.5f) * 0.4f; }
+struct Random : ppkernels_test::Random {
+  float weight() { return centered() * 0.4f; }
 };
 
 std::vector<float> power(double exponent, const std::vector<float>& x, bool stream = false) {

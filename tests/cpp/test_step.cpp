@@ -6,11 +6,11 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <vector>
 
 #include "check.h"
+#include "values.h"
 
 namespace {
 
@@ -20,34 +20,15 @@ using ppkernels::StepKernels;
 using ppkernels::StepOptions;
 using ppkernels::StepTensor;
 using ppkernels::Type;
+using ppkernels_test::from_bits;
+using ppkernels_test::kInf;
+using ppkernels_test::kNaN;
+using ppkernels_test::same;
+using ppkernels_test::to_bits;
 
 const StepKernels* kernels;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// The same value, counting NaNs as equal and 0 and -0 as different.
-bool same(float a, float b) { return to_bits(a) == to_bits(b) || (a != a && b != b); }
-
-// A reproducible stream of numbers.
-struct Random {
-  uint64_t state = 1;
-  uint32_t next() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return uint32_t(state >> 32);
-  }
-  float centered() { return float(next()) / 4294967296.0f - 0.5f; }
+struct Random : ppkernels_test::Random {
   // A number of a usual size, of any size, or a special one.
   float any() {
     const float special[] = {0.0f, -0.0f,     kInf,       -kInf,
