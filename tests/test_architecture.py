@@ -55,7 +55,7 @@ IMPORTS = [
     ("ops/power_linear/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS, POWER_GPU]),
     ("ops/power_linear/kernels.py", ["triton.*", "ppkernels.ops._point", POWER_GPU]),
     ("ops/power_linear/op.py", ["torch.*", "{room}.*", *CHECKED, LAYOUT, "ppkernels.ops.power"]),
-    ("ops/power_linear/model.py", ["torch.*"]),
+    ("ops/power_linear/model.py", ["torch.*", "ppkernels.ops._device"]),
     ("ops/power_linear/tiles.py", ["torch.*", "triton.*", "{room}.*", "ppkernels.ops._device"]),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),

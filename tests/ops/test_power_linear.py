@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -304,12 +303,11 @@ def predictions() -> str:
         for batch in BATCHES:
             product = Product(batch, 2048, 2048, weight_bytes, dtype.itemsize)
             plan = tiles.plan_product(dtype, batch, 2048, 2048, False, H100)
-            programs = math.prod(plan.tiles) * plan.splits
-            fused = product.fused_seconds(plan.choices["BATCH"], programs, plan.splits, H100)
+            tile = plan.choices["BATCH"]
+            fused = product.fused_seconds(tile, plan.programs, plan.splits, H100)
             ratios["x·θᵀ, g·θ"].append(product.buffered_seconds(H100) / fused)
-            chosen = tiles.gradient_choices(dtype, batch, 2048, 2048, H100.processors, False)
-            programs = tiles.programs_of_gradient(2048, 2048, chosen["ROWS"], chosen["COLUMNS"])
-            fused = product.fused_gradient_seconds(programs, H100)
+            plan = tiles.plan_gradient(dtype, batch, 2048, 2048, H100)
+            fused = product.fused_gradient_seconds(plan.programs, H100)
             ratios["∂L/∂φ"].append(product.buffered_gradient_seconds(H100) / fused)
         for name, row in ratios.items():
             cells = " | ".join(f"{ratio:.2f}" for ratio in row)

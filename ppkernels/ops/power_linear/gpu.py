@@ -11,7 +11,6 @@ in one of two ways, which model.py chooses between:
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -29,10 +28,10 @@ from ppkernels.ops.power_linear.kernels import (
 from ppkernels.ops.power_linear.model import Product, machine_of
 from ppkernels.ops.power_linear.tiles import (
     LARGEST_TILE,
-    gradient_choices,
+    Plan,
     input_precision,
+    plan_gradient,
     plan_product,
-    programs_of_gradient,
     sum_choices,
 )
 
@@ -76,8 +75,9 @@ def power_linear_grad_weight(
     """∂L/∂φ = mask·gᵀx·α|φ|^(α−1)."""
     g, x, out = as_rows(grad_output), as_rows(input), torch.empty_like(weight)
     with torch.cuda.device_of(weight):
-        if same_layout(weight, out) and _is_gradient_fused(x, weight, way):
-            _launch_gradient(_aligned(g), _aligned(x), weight, alpha, words, out)
+        plan = _fused_gradient(x, weight, way) if same_layout(weight, out) else None
+        if plan is not None:
+            _launch_gradient(plan, _aligned(g), _aligned(x), weight, alpha, words, out)
         else:
             power_gpu.power_backward_out(_gradient_of_theta(g, x), weight, alpha, out, words)
     return out
@@ -97,8 +97,9 @@ def _multiply(
     x = as_rows(input)
     out = x.new_empty(x.shape[0], rows)
     with torch.cuda.device_of(weight):
-        if _is_product_fused(x, weight, rows, contracted, words is not None, way):
-            _launch_product(_aligned(x), weight, alpha, bias, words, out, is_across)
+        plan = _fused_product(x, weight, rows, contracted, words is not None, way)
+        if plan is not None:
+            _launch_product(plan, _aligned(x), weight, alpha, bias, words, out, is_across)
         else:
             theta = torch.empty_like(weight, dtype=x.dtype)
             power_gpu.power_out(weight, alpha, theta, words)
@@ -130,28 +131,34 @@ def _product(x: Tensor, weight: Tensor, rows: int, contracted: int) -> Product:
     return Product(x.shape[0], rows, contracted, *sizes, allows_tf32)
 
 
-def _is_product_fused(
+def _fused_product(
     x: Tensor, weight: Tensor, rows: int, contracted: int, is_masked: bool, way: Way | None
-) -> bool:
-    if way is not None or not _can_be_fused(weight, x):
-        return way == "fused" and x.numel() > 0 and weight.numel() > 0
+) -> Plan | None:
+    """How to launch the fused kernel; None where a buffer is the way."""
+    if not _may_be_fused(weight, x, way):
+        return None
     machine = machine_of(weight.device)
     plan = plan_product(x.dtype, x.shape[0], rows, contracted, is_masked, machine)
     product = _product(x, weight, rows, contracted)
-    tile, programs = plan.choices["BATCH"], math.prod(plan.tiles) * plan.splits
-    fused = product.fused_seconds(tile, programs, plan.splits, machine)
-    return fused < product.buffered_seconds(machine)
+    fused = product.fused_seconds(plan.choices["BATCH"], plan.programs, plan.splits, machine)
+    return plan if way == "fused" or fused < product.buffered_seconds(machine) else None
 
 
-def _is_gradient_fused(x: Tensor, weight: Tensor, way: Way | None) -> bool:
-    if way is not None or not _can_be_fused(weight, x):
-        return way == "fused" and x.numel() > 0 and weight.numel() > 0
+def _fused_gradient(x: Tensor, weight: Tensor, way: Way | None) -> Plan | None:
+    """As `_fused_product`, for the gradient of the weight."""
+    if not _may_be_fused(weight, x, way):
+        return None
     machine, product = machine_of(weight.device), _product(x, weight, *weight.shape)
-    (rows, columns), batch = weight.shape, x.shape[0]
-    choices = gradient_choices(x.dtype, batch, rows, columns, machine.processors, is_amd())
-    programs = programs_of_gradient(rows, columns, choices["ROWS"], choices["COLUMNS"])
-    fused = product.fused_gradient_seconds(programs, machine)
-    return fused < product.buffered_gradient_seconds(machine)
+    plan = plan_gradient(x.dtype, x.shape[0], weight.shape[0], weight.shape[1], machine)
+    fused = product.fused_gradient_seconds(plan.programs, machine)
+    return plan if way == "fused" or fused < product.buffered_gradient_seconds(machine) else None
+
+
+def _may_be_fused(weight: Tensor, x: Tensor, way: Way | None) -> bool:
+    """Whether the choice is open, or the ``way`` that is named is "fused"."""
+    if way is None:
+        return _can_be_fused(weight, x)
+    return way == "fused" and x.numel() > 0 and weight.numel() > 0
 
 
 def _can_be_fused(weight: Tensor, x: Tensor) -> bool:
@@ -185,6 +192,7 @@ def _aligned(operand: Tensor) -> Tensor:
 
 
 def _launch_product(
+    plan: Plan,
     x: Tensor,
     weight: Tensor,
     alpha: Tensor,
@@ -194,8 +202,6 @@ def _launch_product(
     is_across: bool,
 ) -> None:
     (batch, rows), contracted = out.shape, x.shape[1]
-    machine = machine_of(weight.device)
-    plan = plan_product(x.dtype, batch, rows, contracted, words is not None, machine)
     is_split = plan.splits > 1
     bias = None if bias is None else bias.contiguous()
     parts = out.new_empty(plan.splits, batch, rows, dtype=torch.float32) if is_split else out
@@ -225,6 +231,7 @@ def _launch_product(
 
 
 def _launch_gradient(
+    plan: Plan,
     g: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -232,22 +239,19 @@ def _launch_gradient(
     words: Tensor | None,
     out: Tensor,
 ) -> None:
-    (rows, columns), batch = weight.shape, x.shape[0]
-    processors = machine_of(weight.device).processors
-    choices = gradient_choices(x.dtype, batch, rows, columns, processors, is_amd())
-    programs = programs_of_gradient(rows, columns, choices["ROWS"], choices["COLUMNS"])
-    grad_weight_kernel[(programs,)](
+    rows, columns = weight.shape
+    grad_weight_kernel[(plan.programs,)](
         g,
         x,
         weight,
         words,
         power_gpu.exponent_argument(alpha, x.device),
         out,
-        batch,
+        x.shape[0],
         rows,
         columns,
         *g.stride(),
         *x.stride(),
         *weight.stride(),
-        **choices,
+        **plan.choices,
     )

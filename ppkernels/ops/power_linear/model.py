@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ppkernels.ops._device import is_amd
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -69,7 +71,7 @@ def machine_of(device: torch.device) -> Machine:
     if device.type != "cuda":
         return H100
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
+    if is_amd():
         known = MI300X
     else:
         known = {(8, 0): A100, (10, 0): B200}.get((properties.major, properties.minor), H100)

@@ -81,7 +81,7 @@ def gradient_choices(
 ) -> dict[str, Any]:
     """What a launch of `grad_weight_kernel` fixes; the compiled code depends on it."""
     tiles = GRADIENT_TILES[dtype.itemsize]
-    if programs_of_gradient(rows, columns, tiles.rows, tiles.across) < processors:
+    if triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.across) < processors:
         tiles = SMALL_GRADIENT_TILES[dtype.itemsize]
     return {
         "EVEN": is_even(rows, columns, tiles),
@@ -92,11 +92,6 @@ def gradient_choices(
         "GROUP": _GROUP,
         **_choices(dtype, tiles, for_amd),
     }
-
-
-def programs_of_gradient(rows: int, columns: int, tile_rows: int, tile_columns: int) -> int:
-    """Tiles of a weight."""
-    return -(-rows // tile_rows) * -(-columns // tile_columns)
 
 
 def sum_choices(for_amd: bool) -> dict[str, Any]:
@@ -139,8 +134,8 @@ class Plan:
     """How a product is launched.
 
     Attributes:
-        choices: what `product_choices` says.
-        tiles: of the rows and of the batch.
+        choices: what `product_choices` or `gradient_choices` says.
+        tiles: of the rows and of the batch; of a gradient, of the rows and of the columns.
         splits, length: parts along what is contracted, and the length of each.
     """
 
@@ -148,6 +143,11 @@ class Plan:
     tiles: tuple[int, int]
     splits: int
     length: int
+
+    @property
+    def programs(self) -> int:
+        """Of the whole launch."""
+        return self.tiles[0] * self.tiles[1] * self.splits
 
 
 def plan_product(
@@ -158,6 +158,15 @@ def plan_product(
     tiles = (triton.cdiv(rows, choices["ROWS"]), triton.cdiv(batch, choices["BATCH"]))
     programs, step = tiles[0] * tiles[1], choices["CONTRACTED"]
     return Plan(choices, tiles, *splits_of(programs, contracted, step, machine.processors))
+
+
+def plan_gradient(
+    dtype: torch.dtype, batch: int, rows: int, columns: int, machine: Machine
+) -> Plan:
+    """Tiles of a gradient of the weight, which is not split along the batch."""
+    choices = gradient_choices(dtype, batch, rows, columns, machine.processors, is_amd())
+    tiles = (triton.cdiv(rows, choices["ROWS"]), triton.cdiv(columns, choices["COLUMNS"]))
+    return Plan(choices, tiles, 1, batch)
 
 
 def splits_of(tiles: int, contracted: int, step: int, processors: int) -> tuple[int, int]:
