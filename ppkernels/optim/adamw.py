@@ -16,7 +16,7 @@ from ppkernels.optim.power_optimizer import (
     PowerOptimizer,
     Rule,
     Scaling,
-    rate_on,
+    shared_options,
 )
 
 
@@ -116,20 +116,10 @@ class PowerAdamW(PowerOptimizer):
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             steps=[state["step"] for state in states],
             masters=masters,
-            masks=batch.masks,
-            alphas=batch.alphas,
-            holds_phi=batch.holds_phi,
-            lr=rate_on(batch.params[0].device, group["lr"]),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decay=group["decay"],
-            decay_of=group["decay_of"],
-            rule=group["rule"],
-            maximize=group["maximize"],
-            grad_scale=scaling[0],
-            found_inf=scaling[1],
+            **shared_options(batch, group, scaling),
         )
 
     def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:

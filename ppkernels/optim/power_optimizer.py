@@ -299,7 +299,21 @@ class PowerOptimizer(Optimizer):
         return batches
 
 
-def rate_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
+def shared_options(batch: Batch, group: dict[str, Any], scaling: Scaling) -> dict[str, Any]:
+    """What the fused steps of all optimizers take of a batch, its group and a GradScaler."""
+    words = ("weight_decay", "decay", "decay_of", "rule", "maximize")
+    return {
+        "masks": batch.masks,
+        "alphas": batch.alphas,
+        "holds_phi": batch.holds_phi,
+        "lr": _rate_on(batch.params[0].device, group["lr"]),
+        "grad_scale": scaling[0],
+        "found_inf": scaling[1],
+        **{word: group[word] for word in words},
+    }
+
+
+def _rate_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
     """A learning rate as the fused step takes it for weights on ``device``."""
     if not isinstance(lr, Tensor):
         return lr

@@ -15,7 +15,7 @@ from ppkernels.optim.power_optimizer import (
     PowerOptimizer,
     Rule,
     Scaling,
-    rate_on,
+    shared_options,
 )
 
 
@@ -192,18 +192,8 @@ class PowerSGD(PowerOptimizer):
             grads,
             buffers,
             masters=masters,
-            masks=batch.masks,
-            alphas=batch.alphas,
-            holds_phi=batch.holds_phi,
-            lr=rate_on(batch.params[0].device, group["lr"]),
             momentum=group["momentum"],
             dampening=dampening,
             nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            decay=group["decay"],
-            decay_of=group["decay_of"],
-            rule=group["rule"],
-            maximize=group["maximize"],
-            grad_scale=scaling[0],
-            found_inf=scaling[1],
+            **shared_options(batch, group, scaling),
         )
