@@ -42,6 +42,14 @@ def files_of(*modules: Any) -> tuple[Path, ...]:
     return (*own, *sorted(own[0].parents[1].glob("_*.py")))
 
 
+def _give_words(is_masked: bool, types: dict[str, str], fixed: dict[str, Any]) -> None:
+    """A kernel's argument ``words`` is a mask's, or it has none."""
+    if is_masked:
+        types["words"] = "*u8"
+    else:
+        fixed["words"] = None
+
+
 def full_block(test: str, *arms: Arm) -> Way:
     """A block that has no mask, by ``test`` in ``arms``, a room's `_load` and `_store`."""
     functions = [arm.function for arm in arms]
@@ -369,10 +377,7 @@ def _product_row(name: str) -> Row:
         fixed["bias"] = None
     else:
         types["bias"] = "*fp32"
-    if is_masked:
-        types["words"] = "*u8"
-    else:
-        fixed["words"] = None
+    _give_words(is_masked, types, fixed)
 
     def choices(target: Target) -> Mapping[str, Any]:
         sizes = (BATCH, size, size, is_masked, not target.is_nvidia)
@@ -405,10 +410,7 @@ def _gradient_row(name: str) -> Row:
     types |= dict.fromkeys(strides, "i32:16")
     neighbours = ("grad_stride_row", "input_stride_column", "weight_stride_column")
     fixed: dict[str, Any] = dict.fromkeys(neighbours, 1)
-    if is_masked:
-        types["words"] = "*u8"
-    else:
-        fixed["words"] = None
+    _give_words(is_masked, types, fixed)
 
     def choices(target: Target) -> Mapping[str, Any]:
         sizes = (BATCH, size, size, H100_PROCESSORS, not target.is_nvidia)
