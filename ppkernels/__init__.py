@@ -7,6 +7,7 @@ from ppkernels._extension import cpu_capability
 from ppkernels.nn import fold, powerize, set_alpha
 from ppkernels.ops import (
     BitMask,
+    Statistics,
     adam_step_,
     apply_mask,
     count_bits,
@@ -20,6 +21,8 @@ from ppkernels.ops import (
     power_linear_grad_weight,
     rebase,
     sgd_step_,
+    statistics,
+    topk_mask,
     unpack_bits,
 )
 
@@ -27,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BitMask",
+    "Statistics",
     "adam_step_",
     "apply_mask",
     "autograd",
@@ -50,5 +54,7 @@ __all__ = [
     "reference",
     "set_alpha",
     "sgd_step_",
+    "statistics",
+    "topk_mask",
     "unpack_bits",
 ]

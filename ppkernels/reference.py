@@ -13,6 +13,8 @@ from ppkernels.ops.power_linear.reference import (
     power_linear_grad_input,
     power_linear_grad_weight,
 )
+from ppkernels.ops.select.reference import topk_bits
+from ppkernels.ops.statistics.reference import statistics
 
 __all__ = [
     "apply_mask",
@@ -26,5 +28,7 @@ __all__ = [
     "power_linear_grad_input",
     "power_linear_grad_weight",
     "rebase",
+    "statistics",
+    "topk_bits",
     "unpack_bits",
 ]

@@ -17,6 +17,7 @@ CSRC = ROOT / "csrc"
 
 SHARED = ("ppkernels._checks", "ppkernels._powered")
 CHECKED = ("ppkernels._checks", "ppkernels._backend")
+SEVERAL = ("ppkernels._many", "ppkernels._shares")
 BITS = "ppkernels.ops._bits"
 LAYOUT = "ppkernels.ops._layout"
 SHARED_BY_KERNELS = (
@@ -37,6 +38,8 @@ IMPORTS = [
     ("_extension.py", ["torch.*"]),
     ("_backend.py", ["torch.*"]),
     ("_checks.py", ["torch.*"]),
+    ("_many.py", ["torch.*"]),
+    ("_shares.py", []),
     ("_powered.py", ["torch.*", "ppkernels.ops", "ppkernels._checks"]),
     ("autograd.py", ["ppkernels.ops.*"]),
     ("reference.py", ["ppkernels.ops.*"]),
@@ -57,6 +60,11 @@ IMPORTS = [
     ("ops/power_linear/op.py", ["torch.*", "{room}.*", *CHECKED, LAYOUT, "ppkernels.ops.power"]),
     ("ops/power_linear/model.py", ["torch.*", "ppkernels.ops._device"]),
     ("ops/power_linear/tiles.py", ["torch.*", "triton.*", "{room}.*", "ppkernels.ops._device"]),
+    # Their masks are `BitMask`s.
+    ("ops/select/op.py", ["torch.*", "{room}.*", *CHECKED, *SEVERAL, "ppkernels.ops.bitmask"]),
+    ("ops/statistics/op.py", ["torch.*", "{room}.*", *CHECKED, *SEVERAL, "ppkernels.ops.bitmask"]),
+    # θ as `power` makes it.
+    ("ops/statistics/reference.py", ["torch.*", BITS, "ppkernels.ops.power.reference"]),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),

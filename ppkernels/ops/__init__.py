@@ -13,10 +13,13 @@ from ppkernels.ops.power_linear import (
     power_linear_grad_input,
     power_linear_grad_weight,
 )
+from ppkernels.ops.select import topk_mask
+from ppkernels.ops.statistics import Statistics, statistics
 from ppkernels.ops.step import adam_step_, sgd_step_
 
 __all__ = [
     "BitMask",
+    "Statistics",
     "adam_step_",
     "apply_mask",
     "count_bits",
@@ -30,5 +33,7 @@ __all__ = [
     "power_linear_grad_weight",
     "rebase",
     "sgd_step_",
+    "statistics",
+    "topk_mask",
     "unpack_bits",
 ]

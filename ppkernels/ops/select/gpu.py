@@ -1,0 +1,1 @@
+"""The selection as Triton kernels, and their launchers."""

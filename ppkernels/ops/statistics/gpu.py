@@ -1,0 +1,1 @@
+"""The statistics as Triton kernels, and their launchers."""
