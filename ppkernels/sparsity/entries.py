@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ppkernels import _powered
-from ppkernels._powered import PoweredLayer
+from ppkernels._powered import MaskedLayer
+from ppkernels.nn import add_masks
 from ppkernels.ops import BitMask, apply_mask
 from ppkernels.sparsity.weights import Size, Weight
 
@@ -78,7 +79,10 @@ class Entries:
         found = {}
         for name, weight in self.weights().items():
             layer = self.layers[name]
-            found[name] = Weight(weight, layer.alpha if layer.stores == "phi" else None)
+            alpha = None
+            if _powered.is_powered(layer) and layer.stores == "phi":
+                alpha = layer.alpha
+            found[name] = Weight(weight, alpha)
         return found
 
     def mask(self, name: str, weight: nn.Parameter) -> BitMask:
@@ -92,7 +96,7 @@ class Entries:
 
     def _within(self, name: str, weight: nn.Parameter) -> BitMask | None:
         masks = [self.mask(name, weight)] if name in self.masks else []
-        layers = _powered.layers_of(weight)
+        layers = _powered.masked_layers_of(weight)
         masks += [layer.update_mask for layer in layers if layer.update_mask is not None]
         seen = [layer.mask for layer in layers if layer.mask is not None]
         if len(seen) == len(layers):  # else there is one that sees all
@@ -135,7 +139,7 @@ class Entries:
                 continue
             with torch.no_grad():
                 weight.copy_(apply_mask(weight.detach(), mask.words))
-            for layer in _powered.layers_of(weight):
+            for layer in _powered.masked_layers_of(weight):
                 own = layer.update_mask
                 layer.update_mask = mask if own is None else own & mask
 
@@ -171,7 +175,7 @@ def _share(count: int, entries: int) -> float:
     return count / entries if entries else 1.0
 
 
-def _parameter(name: str, layer: PoweredLayer) -> nn.Parameter:
+def _parameter(name: str, layer: MaskedLayer) -> nn.Parameter:
     weight = _powered.weight_parameter(layer)
     if weight is None:
         raise RuntimeError(
@@ -186,14 +190,21 @@ def _parameter(name: str, layer: PoweredLayer) -> nn.Parameter:
     return weight
 
 
-def _chosen(model: nn.Module, select: Select | None) -> dict[str, PoweredLayer]:
-    layers = _powered.powered_layers(model)
-    if callable(select):
-        layers = {
-            name: layer for name, layer in layers.items() if select(name, cast(nn.Module, layer))
-        }
-    elif select is not None:
-        layers = {name: layers[name] for name in select}
-    if not layers:
-        raise ValueError(f"Pruner: {type(model).__name__} holds no layer to prune")
-    return layers
+def _chosen(model: nn.Module, select: Select | None) -> dict[str, MaskedLayer]:
+    """The layers to prune by name; plain ones become layers with masks."""
+    names: list[str] = []
+
+    def is_chosen(name: str, layer: nn.Module) -> bool:
+        chosen = select is None or (callable(select) and select(name, layer))
+        if chosen:
+            names.append(name)
+        return chosen
+
+    if select is None or callable(select):
+        add_masks(model, select=is_chosen)
+    else:
+        if not isinstance(select, str):
+            select = names = list(select)
+        add_masks(model, select=select)
+    layers = dict(model.named_modules(remove_duplicate=False))
+    return {name: cast(MaskedLayer, layers[name]) for name in names}
