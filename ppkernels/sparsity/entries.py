@@ -50,8 +50,8 @@ class Kept:
 
     def __str__(self) -> str:
         rows = [
-            f"{name}: {count} of {self.entries[name]} ({self.shares[name]:.2%})"
-            for name, count in self.counts.items()
+            f"{name}: {self.counts[name]} of {self.entries[name]} ({share:.2%})"
+            for name, share in self.shares.items()
         ]
         total = f"{self.count} of {sum(self.entries.values())} ({self.share:.2%}) kept"
         return "\n".join([*rows, total])
@@ -64,12 +64,20 @@ class Entries:
     """
 
     def __init__(self, model: nn.Module, select: Select | None) -> None:
+        self.model = model
         self.layers = _chosen(model, select)
         # The entries of each weight that are not pruned; nothing for a weight that is whole.
         self.masks: dict[str, BitMask] = {}
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights by the name of their layer; one that several layers share comes once."""
+        present = dict(self.model.named_modules(remove_duplicate=False))
+        for name, layer in self.layers.items():
+            if present.get(name) is not layer or not _powered.is_masked(layer):
+                raise RuntimeError(
+                    f"Pruner: {name!r} is no longer the layer with masks that it was when the "
+                    "pruner was made; make a new one (and pp.fold a model when all is pruned)"
+                )
         weights = {name: _parameter(name, layer) for name, layer in self.layers.items()}
         first = {id(weight): name for name, weight in reversed(weights.items())}
         return {name: weights[name] for name in weights if first[id(weights[name])] == name}
@@ -203,7 +211,7 @@ def _chosen(model: nn.Module, select: Select | None) -> dict[str, MaskedLayer]:
     if select is None or callable(select):
         add_masks(model, select=is_chosen)
     else:
-        if not isinstance(select, str):
+        if isinstance(select, Iterable) and not isinstance(select, str):
             select = names = list(select)
         add_masks(model, select=select)
     layers = dict(model.named_modules(remove_duplicate=False))

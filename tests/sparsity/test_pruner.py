@@ -14,6 +14,8 @@ import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import ppkernels as pp
@@ -165,6 +167,28 @@ def test_a_convolution_in_channels_last() -> None:
     assert torch.equal(model.weight, before.where(mask, 0))
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
     assert (mask.view(4, 2, 4, 9).sum(2) == 2).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_every_device_and_the_reference_give_the_same_masks(
+    make_model: MakeModel, backward: Backward, device: str, choices: Any
+) -> None:
+    kept, score, distribution, type, _ = choices
+    options = {"score": score, "distribution": distribution}
+    if type is not None:
+        options["type"] = type
+    model = make_model("phi")
+    backward(model)
+    other = copy.deepcopy(model)
+    for parameter, its in zip(other.parameters(), model.parameters(), strict=True):
+        parameter.grad = its.grad.clone()
+    pruner = Pruner(model.to(device), OneShot(kept), **options)
+    pruner.prune()
+    with pp.backend("reference"):
+        expected = Pruner(other, OneShot(kept), **options)
+        expected.prune()
+    assert pruner.masks() == expected.masks()
 
 
 # ---- when
@@ -464,6 +488,7 @@ def test_pruning_compiles_nothing_again(
         (lambda model: Pruner(nn.ReLU(), OneShot(0.1)), ValueError, "ReLU holds no layer that can"),
         (lambda model: Pruner(model, OneShot(0.1), select=["fc"]), ValueError, "named 'fc'"),
         (lambda model: Pruner(model, OneShot(0.1), select="0"), TypeError, "several names"),
+        (lambda model: Pruner(model, OneShot(0.1), select=5), TypeError, "several names"),
         (
             lambda model: Pruner(model, OneShot(0.5), type=NofM(2, 4)),
             ValueError,
@@ -531,6 +556,30 @@ def test_a_weight_that_was_replaced_is_refused_by_name(make_model: MakeModel) ->
     nn.utils.parametrizations.weight_norm(model[2])
     with pytest.raises(RuntimeError, match="the weight of '2' is no longer a Parameter"):
         pruner.prune()
+
+
+def test_a_folded_model_is_refused_by_name(make_model: MakeModel) -> None:
+    model = make_model()
+    pruner = Pruner(model, OneShot(0.1))
+    pp.fold(model)
+    with pytest.raises(RuntimeError, match="'0' is no longer the layer with masks that it was"):
+        pruner.prune()
+
+
+def test_an_exchanged_layer_is_refused_by_name(make_model: MakeModel) -> None:
+    model = make_model()
+    pruner = Pruner(model, OneShot(0.1))
+    model[2] = pp.nn.PowerLinear(30, 3, alpha=2)
+    with pytest.raises(RuntimeError, match="'2' is no longer the layer with masks that it was"):
+        pruner.prune()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_sharded_weight_is_refused_by_name(make_model: MakeModel) -> None:
+    model = make_model("plain")
+    fully_shard(model[2], mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match="the weight of '2' is a DTensor"):
+        Pruner(model, OneShot(0.1))
 
 
 # ---- rewinding
