@@ -69,7 +69,8 @@ class Pruner:
     ``update_mask`` keeps it there. The forward pass knows nothing of it, costs nothing more, and is
     not compiled again. Pruned entries stay pruned: each pruning chooses among those that are left.
     The optimizers of `pp.optim` leave a pruned entry's momentum as it was at that moment, and do
-    not use it again.
+    not use it again. Every other torch optimizer keeps the entry at 0 too, on the weights that it
+    may step (plain ones, and φ): its momentum decays as if the gradient were 0 (`pp.nn.Masked`).
 
     What may be pruned: entries that an ``update_mask`` of yours freezes, whenever you set it, are
     neither pruned nor freed, and so are those that ``mask`` hides from the network. Shares are of

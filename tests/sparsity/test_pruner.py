@@ -222,6 +222,32 @@ def test_gradual_pruning_keeps_pruned_entries_at_zero(
     assert pruner.kept().counts == {"0": 60, "2": 60}
 
 
+STOCK: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda model: torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01
+    ),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "phi"])
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_optimizers_keep_pruned_entries_at_zero(
+    make_model: MakeModel, backward: Backward, kind: str, name: str
+) -> None:
+    model = make_model(kind)
+    optimizer = STOCK[name](model)
+    pruner = Pruner(model, Cubic(0.1, 2, 10, 2))
+    for _ in range(15):
+        backward(model)
+        before = is_zero(model)
+        optimizer.step()
+        assert all((is_zero(model)[name] >= gone).all() for name, gone in pruned(pruner).items())
+        assert same(is_zero(model), before)
+        pruner.step()
+    assert pruner.kept().count == 90
+
+
 def test_gradual_n_of_m_goes_through_coarser_patterns(make_model: MakeModel) -> None:
     pruner = Pruner(
         make_model(), Cosine(0.25, 0, 100, 10), distribution=Uniform({"2": 4}), type=NofM(1, 4)
@@ -577,6 +603,7 @@ def test_an_exchanged_layer_is_refused_by_name(make_model: MakeModel) -> None:
 @pytest.mark.usefixtures("one_process")
 def test_a_sharded_weight_is_refused_by_name(make_model: MakeModel) -> None:
     model = make_model("plain")
+    pp.nn.add_masks(model)
     fully_shard(model[2], mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(TypeError, match="the weight of '2' is a DTensor"):
         Pruner(model, OneShot(0.1))

@@ -48,6 +48,11 @@ def network(kind: str) -> nn.Module:
 
 SGD = (lambda model: pp.optim.PowerSGD(model, lr=0.05, momentum=0.9), ["theta", "phi", "plain"])
 ADAM = (lambda model: pp.optim.PowerAdamW(model, lr=0.01), ["theta", "plain"])
+TORCH = (
+    lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+    ["phi", "plain"],
+)
+OPTIMIZERS = {"sgd": SGD, "adamw": ADAM, "torch": TORCH}
 CHOICES: dict[str, Callable[[nn.Module], Pruner]] = {
     "cubic": lambda model: Pruner(model, Cubic(0.1, 2, 20, 3)),
     "sensitivity": lambda model: Pruner(
@@ -119,8 +124,8 @@ class Run:
 @pytest.mark.parametrize("choices", CHOICES)
 @pytest.mark.parametrize(
     ("make_optimizer", "kind"),
-    [(make, kind) for make, kinds in (SGD, ADAM) for kind in kinds],
-    ids=[f"{name}-{kind}" for name, (_, kinds) in (("sgd", SGD), ("adam", ADAM)) for kind in kinds],
+    [(make, kind) for make, kinds in OPTIMIZERS.values() for kind in kinds],
+    ids=[f"{name}-{kind}" for name, (_, kinds) in OPTIMIZERS.items() for kind in kinds],
 )
 def test_resuming_in_mid_schedule_changes_nothing(
     make_optimizer: Callable[[nn.Module], Optimizer], kind: str, choices: str
