@@ -72,8 +72,9 @@ class ERK:
     """Erdős–Rényi-Kernel: layers with few weights for their width keep a larger share.
 
     A layer of shape s keeps min(1, ε·Σs / Πs), for a linear layer min(1, ε·(in + out) / (in·out)),
-    with one ε for all, such that exactly ⌊kept · N⌋ weights are kept in all. What is left over
-    after rounding down goes, one weight a layer, where most was rounded off.
+    with one ε for all, such that exactly ⌊kept · N⌋ weights are kept in all at the end of the
+    schedule. What is left over after rounding down goes, one weight a layer, where most was rounded
+    off.
 
     Source: Evci et al., "Rigging the lottery: making all tickets winners", 2020, section 3.
     """

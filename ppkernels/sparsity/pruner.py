@@ -65,6 +65,9 @@ class Pruner:
                 pruner.rewind()
                 optimizer = new_optimizer(model)  # its momentum and rate belong to other weights
 
+    The distribution says what is kept in the end, of all layers together or of each, and the
+    schedule's curve leads there: the curve of each layer to its own share.
+
     What pruning does: a pruned entry becomes 0 in the weight, and a 0 in the layer's
     ``update_mask`` keeps it there. The forward pass knows nothing of it, costs nothing more, and is
     not compiled again. Pruned entries stay pruned: each pruning chooses among those that are left.

@@ -248,6 +248,14 @@ def test_stock_optimizers_keep_pruned_entries_at_zero(
     assert pruner.kept().count == 90
 
 
+@pytest.mark.parametrize("kept", [0.013, 0.1, 0.29, 0.7])
+def test_gradual_erk_ends_with_the_exact_total(make_model: MakeModel, kept: float) -> None:
+    pruner = Pruner(make_model(), Cubic(kept, 0, 9, 2), distribution=ERK())
+    totals = [pruner.kept().count for _ in range(9) if pruner.step()]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] == entries_of(kept, 900)
+
+
 def test_gradual_n_of_m_goes_through_coarser_patterns(make_model: MakeModel) -> None:
     pruner = Pruner(
         make_model(), Cosine(0.25, 0, 100, 10), distribution=Uniform({"2": 4}), type=NofM(1, 4)
