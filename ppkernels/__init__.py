@@ -1,7 +1,7 @@
 """ppkernels: fused kernels, layers and optimizers for Powerpropagation, θ = φ·|φ|^(α−1)."""
 
 from ppkernels import _extension as _extension  # loads the kernels before any op is called
-from ppkernels import autograd, nn, ops, optim, reference
+from ppkernels import autograd, nn, ops, optim, reference, sparsity
 from ppkernels._backend import backend
 from ppkernels._extension import cpu_capability
 from ppkernels.nn import fold, powerize, set_alpha
@@ -25,10 +25,13 @@ from ppkernels.ops import (
     topk_mask,
     unpack_bits,
 )
+from ppkernels.sparsity import AdaptiveAlpha, AlphaRecord
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveAlpha",
+    "AlphaRecord",
     "BitMask",
     "Statistics",
     "adam_step_",
@@ -54,6 +57,7 @@ __all__ = [
     "reference",
     "set_alpha",
     "sgd_step_",
+    "sparsity",
     "statistics",
     "topk_mask",
     "unpack_bits",
