@@ -87,9 +87,9 @@ class AdaptiveAlpha:
         cr: the factor of a geometric change of α − 1, > 1.
         cd: the step of an additive rise, > 0.
         keep: ``"phi"`` or ``"theta"``, as in `pp.set_alpha`.
-        alpha_max: the bound; math.inf for none. A rate of learning that serves α = 3 may diverge
-            above it: on MNIST (784-256-10, SGD of rate 0.1, momentum 0.9, φ kept) the virtual rule
-            did at α = 3.8; the chain rule lost accuracy from 5.3 on, and at 10.6 it diverged.
+        alpha_max: the bound; math.inf for none. A learning rate that serves α = 3 may diverge above
+            it: on MNIST (784-256-10, SGD of rate 0.1, momentum 0.9, φ kept, one seed) the virtual
+            rule did at α = 3.8; the chain rule lost accuracy from 5.3 on and diverged at 10.6.
         per_layer: adapt each layer by its own sparsity. Otherwise all have one α.
         entries: which entries are counted: ``"all"``, those that ``mask`` hides as 0; or
             ``"trained"``, those whose bits in ``mask`` and ``update_mask`` are not 0, so that

@@ -244,7 +244,7 @@ def report(
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if not (is_powered(module) or isinstance(module, (nn.Linear, _ConvNd))):
+        if not _is_listed(module):
             continue
         # The wrapper that torch.compile makes would give the same layer another name.
         name = name.removeprefix("_orig_mod.") or type(module).__name__
@@ -255,6 +255,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
+def _is_listed(module: nn.Module) -> bool:
+    return is_powered(module) or isinstance(module, (nn.Linear, _ConvNd))
+
+
 def _layer_report(
     name: str,
     layer: nn.Module,
@@ -263,7 +267,8 @@ def _layer_report(
     epsilons: Sequence[float],
     bins: int,
 ) -> LayerReport:
-    powered = cast(PoweredLayer, layer) if is_powered(layer) else None
+    has_power = is_powered(layer)
+    powered = cast(PoweredLayer, layer) if has_power else None
     mask, update_mask = (_mask_of(layer, each) for each in ("mask", "update_mask"))
     entries, size = weight.numel(), weight.element_size()
     found, zeros = seen(name, weight, powered, mask, epsilons, bins)
