@@ -1,10 +1,12 @@
-"""Pruning: four choices that do not know each other, and a `Pruner` that knows when."""
+"""Sparse networks: pruning by four choices and a `Pruner`, the controller of α, the report."""
 
 from ppkernels._shares import entries_of
+from ppkernels.sparsity.adaptive_alpha import AdaptiveAlpha, AlphaRecord
 from ppkernels.sparsity.distributions import ERK, Distribution, Global, PerLayer, Uniform
 from ppkernels.sparsity.entries import Kept
 from ppkernels.sparsity.norms import reestimate_batch_norm
 from ppkernels.sparsity.pruner import Pruner
+from ppkernels.sparsity.report import LayerReport, Report, report
 from ppkernels.sparsity.schedules import Cosine, Cubic, Iterative, OneShot, Schedule
 from ppkernels.sparsity.scores import Gradient, Magnitude, Random, Score, Sensitivity
 from ppkernels.sparsity.types import ConstantFanIn, NofM, Type, Unstructured
@@ -12,6 +14,8 @@ from ppkernels.sparsity.weights import Counts, Shares, Size, Weight
 
 __all__ = [
     "ERK",
+    "AdaptiveAlpha",
+    "AlphaRecord",
     "ConstantFanIn",
     "Cosine",
     "Counts",
@@ -21,12 +25,14 @@ __all__ = [
     "Gradient",
     "Iterative",
     "Kept",
+    "LayerReport",
     "Magnitude",
     "NofM",
     "OneShot",
     "PerLayer",
     "Pruner",
     "Random",
+    "Report",
     "Schedule",
     "Score",
     "Sensitivity",
@@ -38,4 +44,5 @@ __all__ = [
     "Weight",
     "entries_of",
     "reestimate_batch_norm",
+    "report",
 ]
