@@ -166,8 +166,8 @@ class AdaptiveAlpha:
             the new records: one, or one for each layer.
 
         Raises:
-            ValueError: a NaN among the weights; layers that somebody gave different exponents; an
-                exponent set to 1 in the initial phase; no entry to count.
+            ValueError: NaN or infinity among the weights; layers that somebody gave different
+                exponents; an exponent set to 1 in the initial phase; no entry to count.
         """
         decides = self.epoch > 0 and self.epoch % self.period == 0
         records = self._act() if decides else self._look()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -59,7 +60,7 @@ def sparsity_of(phases: Mapping[str, Phase], epsilon: float, entries: Entries) -
     """The share of entries with |θ| < ε in each phase: one pass over the weights.
 
     Raises:
-        ValueError: a phase without entries that count; a NaN, which the error names.
+        ValueError: a phase without entries that count; NaN or infinity among them.
     """
     layers = {name: layer for phase in phases.values() for name, layer in phase.layers.items()}
     masks = {name: layer.mask for name, layer in layers.items()}
@@ -70,7 +71,15 @@ def sparsity_of(phases: Mapping[str, Phase], epsilon: float, entries: Entries) -
         name: layer.alpha if layer.stores == "phi" else None for name, layer in layers.items()
     }
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
-    found = statistics(weights, [epsilon], alphas, within=masks)
+    try:
+        found = statistics(weights, [epsilon], alphas, within=masks)
+    except ValueError as error:
+        raise ValueError(f"AdaptiveAlpha: has the training diverged? {error}") from error
+    for name, of_layer in found.items():
+        if math.inf in (-of_layer.min, of_layer.max) and of_layer.count:
+            raise ValueError(
+                f"AdaptiveAlpha: has the training diverged? There is an infinite weight in {name!r}"
+            )
     shares = {}
     for name, phase in phases.items():
         below = sum(found[layer].below[epsilon] for layer in phase.layers)

@@ -435,9 +435,17 @@ def test_wrong_models() -> None:
         pp.AdaptiveAlpha(nn.Sequential(prune.identity(single(), "weight")))
 
 
-def test_a_nan_is_named() -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, r"diverged\? .*NaN in tensors\['2'\]"),
+        (math.inf, r"diverged\? There is an infinite weight in '2'"),
+        (-math.inf, r"diverged\? There is an infinite weight in '2'"),
+    ],
+)
+def test_weights_that_are_no_numbers(value: float, message: str) -> None:
     model = net()
     with torch.no_grad():
-        model[2].weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"NaN in tensors\['2'\]"):
+        model[2].weight[0, 0] = value
+    with pytest.raises(ValueError, match=message):
         pp.AdaptiveAlpha(model).step()
