@@ -74,7 +74,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for entries in args.frozen:
             entries.put_back()
         return
-    if _powered.any_layers() and _seen.get(optimizer, _NEVER).frozen:
+    if not _powered.any_layers():
+        return
+    look = _seen.get(optimizer, _NEVER)
+    if look.frozen and look.generation is _powered.generation():
         raise RuntimeError(
             f"{type(optimizer).__name__}.step: frozen entries may have moved, because a step "
             "pre-hook has put new arguments in place of those that it was given; let it return "

@@ -33,9 +33,9 @@ class PowerSGD(PowerOptimizer):
     and the factor is that of the moment; ``"chain"`` is what autograd and torch.optim.SGD do to a
     stored φ. Without momentum they are the same.
 
-    All other parameters, biases and norms among them, take torch.optim.SGD's step. So do the
-    weights of layers with ``stores="phi"``, whose gradient autograd has put through the chain rule
-    already: for them both rules mean ``"chain"``.
+    All other parameters, biases, norms and the weights of plain layers with masks among them, take
+    torch.optim.SGD's step. So do the weights of layers with ``stores="phi"``, whose gradient
+    autograd has put through the chain rule already: for them both rules mean ``"chain"``.
 
     The weights are recognised at each step, whatever way they came here (``model``,
     ``model.parameters()``, parameter groups), with the exponent and the ``update_mask`` their layer

@@ -25,15 +25,17 @@ KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (pp.optim.PowerSGD, {"lr": 0.05, "momentum": 0.9}),
     "adamw": (pp.optim.PowerAdamW, {"lr": 0.01, "weight_decay": 0.1}),
 }
+# For torch's own AdamW, which may step weights that hold φ.
+STOCK = {"lr": 0.01, "weight_decay": 0.1}
 State = dict[str, Tensor]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def network() -> nn.Module:
+def network(stores: str = "theta") -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 2))
-    pp.powerize(model, 1.5)
+    pp.powerize(model, 1.5, stores)
     model[2].update_mask = pp.BitMask.pack(torch.rand(16, 16) < 0.7)
     return model
 
@@ -55,6 +57,8 @@ def train_alone() -> dict[str, State]:
         for rule in ("virtual", "chain"):
             model = network()
             ends[f"{kind} {rule}"] = train(model, make(model, **options, rule=rule))
+    model = network("phi")
+    ends["stock"] = train(model, torch.optim.AdamW(model.parameters(), **STOCK))
     return ends
 
 
@@ -74,6 +78,9 @@ def train_in_parallel(folder: Path, rank: int) -> dict[str, State]:
                 else make(model, **options)
             )
             ends[f"{kind} {'sharded' if sharded else 'whole'}"] = train(model, optimizer, rows)
+    model = DistributedDataParallel(network("phi"), gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **STOCK)
+    ends["stock sharded"] = train(model, optimizer, rows)
     dist.destroy_process_group()
     return ends
 
@@ -105,11 +112,15 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """Both ranks end with the same bits, and to rounding with those of the whole batch."""
     ends = ends_of([start("parallel", tmp_path, rank) for rank in range(2)], tmp_path)
     alone = train_alone()
-    assert len(ends[0]) == 4
+    assert len(ends[0]) == 5
     for name, state in ends[0].items():
         assert state.keys() == ends[1][name].keys()
         assert all(torch.equal(state[key], ends[1][name][key]) for key in state), name
-        check_close(state, alone[f"{name.split()[0]} virtual"])
+        kind = name.split()[0]
+        check_close(state, alone[kind if kind == "stock" else f"{kind} virtual"])
+    frozen, before = ~network()[2].update_mask.unpack(), network("phi")[2].weight
+    for state in (ends[0]["stock sharded"], alone["stock"]):
+        assert torch.equal(state["2.weight"] == before, frozen)
 
 
 def test_without_compiled_kernels_training_is_the_same(tmp_path: Path) -> None:
