@@ -65,6 +65,7 @@ IMPORTS = [
     ("ops/statistics/op.py", ["torch.*", "{room}.*", *CHECKED, *SEVERAL, "ppkernels.ops.bitmask"]),
     # θ as `power` makes it.
     ("ops/statistics/reference.py", ["torch.*", BITS, "ppkernels.ops.power.reference"]),
+    ("ops/statistics/result.py", []),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),
