@@ -191,7 +191,7 @@ void test_blocks() {
           const int64_t count = int64_t(seed % (kEpsilons.size() + 1)), bins = seed % 3 * 7;
           const StatisticsQuery query = {type,  alpha, kEpsilons.data(),   count, bins,
                                          -0.25, 0.3,   double(bins) / 0.55};
-          for (const Bytes* mask : {static_cast<const Bytes*>(nullptr), &words}) {
+          for (const Bytes* mask : {(const Bytes*)nullptr, (const Bytes*)&words}) {
             const Result came = called(isa, query, x, mask, n);
             check_equal("definition", query, n, came, expected(query, x, mask, n));
             check_equal("baseline", query, n, came,
