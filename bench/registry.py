@@ -1,8 +1,8 @@
 """The rows: what is measured, against what. Adding an op is adding a row to `ROWS`.
 
-The elementwise ops are here, those on masks in masks.py, single layers in layers.py, whole training
-steps in training.py, and the optimizers' steps alone in update.py. φ is ``weight``, θ ``theta``, α
-``alpha``; N is the number of elements.
+The elementwise ops are here, those on masks in masks.py, statistics in distribution.py, single
+layers in layers.py, whole training steps in training.py, and the optimizers' steps alone in
+update.py. φ is ``weight``, θ ``theta``, α ``alpha``; N is the number of elements.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ppkernels as pp
 from bench.contenders import IN_CACHE, IN_MEMORY, QUICK, bound, compiled, seeded
+from bench.distribution import distribution_rows
 from bench.layers import layer_rows
 from bench.masks import mask_rows
 from bench.products import product_rows
@@ -268,6 +269,7 @@ ROWS: tuple[Row, ...] = (
     *allocating_rows(torch.float32),
     *allocating_rows(HALF, GPU),
     *mask_rows(),
+    *distribution_rows(),
     *product_rows(),
     *layer_rows(),
     *training_rows(),

@@ -26,6 +26,12 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def check_has_values(op: str, name: str, tensor: Tensor) -> None:
+    """``tensor`` has values to be asked for."""
+    if tensor.is_meta:
+        raise ValueError(f"{op}: {name} is on the meta device, where tensors have no values")
+
+
 def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """``tensor`` has the shape, dtype and device of ``other``; nothing is broadcast or cast."""
     check_floating(op, name, tensor)

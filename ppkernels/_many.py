@@ -59,6 +59,12 @@ class Many:
             )
         return list(value)
 
+    def labels(self, name: str, value: Any) -> list[str]:
+        """What errors call the argument ``name`` of each tensor: alpha, or alpha[0], ..."""
+        if not self.is_spread(value):
+            return [name] * len(self.tensors)
+        return [tensor.replace("tensors", name, 1) for tensor in self.names]
+
     def like(self, results: list[Any]) -> Any:
         """``results``, one a tensor, in the form that the tensors came in."""
         if self.form is None:

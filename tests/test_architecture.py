@@ -27,7 +27,7 @@ SHARED_BY_KERNELS = (
     "ppkernels.ops._tile",
 )
 POWER_GPU = "ppkernels.ops.power.gpu"
-TESTING = ("ppkernels.testing_products", "ppkernels.testing_steps")
+TESTING = tuple(f"ppkernels.testing_{part}" for part in ("products", "statistics", "steps"))
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
 # Files of the package, and what they may import besides the standard library; the first row that
@@ -45,6 +45,7 @@ IMPORTS = [
     ("reference.py", ["ppkernels.ops.*"]),
     ("testing.py", ["torch.*", "mpmath", "ppkernels", *TESTING]),
     ("testing_products.py", ["torch.*", "ppkernels"]),
+    ("testing_statistics.py", ["torch.*", "ppkernels"]),
     ("testing_steps.py", ["torch.*", "mpmath", "ppkernels"]),
     ("ops/__init__.py", ["ppkernels.ops.*"]),
     ("ops/_bits.py", ["torch.*"]),
@@ -65,6 +66,7 @@ IMPORTS = [
     ("ops/statistics/op.py", ["torch.*", "{room}.*", *CHECKED, *SEVERAL, "ppkernels.ops.bitmask"]),
     # θ as `power` makes it.
     ("ops/statistics/reference.py", ["torch.*", BITS, "ppkernels.ops.power.reference"]),
+    ("ops/statistics/result.py", []),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),

@@ -2,14 +2,16 @@
 #include "kernels/bitmask.h"
 #include "kernels/isa.h"
 #include "kernels/power.h"
+#include "kernels/statistics.h"
 #include "kernels/step.h"
 
 namespace ppkernels {
 
 // What every instruction set's objects define.
-#define PPKERNELS_DECLARE               \
-  extern const BitmaskKernels kBitmask; \
-  extern const PowerKernels kPower;     \
+#define PPKERNELS_DECLARE                     \
+  extern const BitmaskKernels kBitmask;       \
+  extern const PowerKernels kPower;           \
+  extern const StatisticsKernels kStatistics; \
   extern const StepKernels kStep;
 
 namespace baseline {
@@ -76,6 +78,7 @@ Isa best_isa() {
 
 const BitmaskKernels& bitmask_kernels(Isa isa) { PPKERNELS_PICK(kBitmask) }
 const PowerKernels& power_kernels(Isa isa) { PPKERNELS_PICK(kPower) }
+const StatisticsKernels& statistics_kernels(Isa isa) { PPKERNELS_PICK(kStatistics) }
 const StepKernels& step_kernels(Isa isa) { PPKERNELS_PICK(kStep) }
 
 }  // namespace ppkernels

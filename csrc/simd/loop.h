@@ -22,10 +22,7 @@ struct Masked {
 
 // ---- the loop
 
-// Each loop is a function of its own with all that it calls inside: there are many of them, and the
-// compiler, left to itself, begins to call the formula for each vector. The formula comes by value:
-// what the stores might alias would be loaded again for each vector.
-#define PPKERNELS_LOOP __attribute__((noinline, flatten))
+// The formula comes by value: what the stores might alias would be loaded again for each vector.
 
 // The elements i ... i + count − 1, count < kLanes, of which `out` and `in` point at the first;
 // `words` is null or the whole mask. The lanes behind them compute on zeros and are dropped, so
@@ -71,7 +68,5 @@ PPKERNELS_LOOP void map_streaming(const Kept kept, const Point point, T* out, in
   if (i < n) map_part(point, kept.words, i, out + i, n - i, (in + i)...);
   finish_streaming();
 }
-
-#undef PPKERNELS_LOOP
 
 }  // namespace ppkernels::PPKERNELS_ISA

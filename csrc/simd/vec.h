@@ -19,6 +19,10 @@
 // For what is part of a loop's body: a call there costs more than the arithmetic.
 #define PPKERNELS_INLINE __attribute__((always_inline)) inline
 
+// A loop as a function of its own with all that it calls inside: there are many of them, and the
+// compiler, left to itself, begins to call the formula for each vector.
+#define PPKERNELS_LOOP __attribute__((noinline, flatten))
+
 namespace ppkernels::PPKERNELS_ISA {
 
 #if defined(__AVX512F__)

@@ -15,7 +15,9 @@
 namespace {
 
 using ppkernels::Type;
+using ppkernels_test::bfloat_value;
 using ppkernels_test::from_bits;
+using ppkernels_test::half_value;
 using ppkernels_test::kInf;
 using ppkernels_test::kNaN;
 using ppkernels_test::same;
@@ -173,16 +175,6 @@ void test_float64() {
 }
 
 // ---- half precisions: every value there is
-
-double half_value(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-  const double sign = bits & 0x8000 ? -1 : 1;
-  if (exponent == 31) return mantissa != 0 ? double(kNaN) : sign * double(kInf);
-  if (exponent == 0) return sign * std::ldexp(mantissa, -24);
-  return sign * std::ldexp(1024 + mantissa, exponent - 25);
-}
-
-double bfloat_value(uint16_t bits) { return double(from_bits(uint32_t(bits) << 16)); }
 
 // `x` rounded to `bits` mantissa bits, ties to even, subnormals below 2^smallest.
 double rounded(double x, int bits, int smallest, double largest) {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppkernels._checks import check_words
+from ppkernels._checks import check_words, check_words_for
 from ppkernels.ops.bitmask.op import checked_shape, count_bits, pack_bits, unpack_bits
 
 
@@ -201,3 +201,20 @@ def _without_padding(words: Tensor, shape: Sequence[int]) -> Tensor:
 
 # torch.load with weights_only=True, its default, makes objects of known classes alone.
 torch.serialization.add_safe_globals([BitMask])
+
+
+def words_within(op: str, mask: Any, name: str, tensor: Tensor) -> Tensor:
+    """The words of ``mask``, an argument ``within`` for the tensor that errors call ``name``.
+
+    Raises:
+        TypeError, ValueError: no `BitMask`, or one of another shape or on another device.
+    """
+    if not isinstance(mask, BitMask):
+        raise TypeError(f"{op}: within must be a pp.BitMask for {name}, got {type(mask).__name__}")
+    if mask.shape != tensor.shape:
+        raise ValueError(
+            f"{op}: within must have the shape of {name}, {tuple(tensor.shape)}, got "
+            f"{tuple(mask.shape)}"
+        )
+    check_words_for(op, mask.words, tensor)
+    return mask.words

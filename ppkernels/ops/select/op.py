@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_floating, check_words_for
+from ppkernels._checks import alpha_tensor, check_floating
 from ppkernels._many import Many
 from ppkernels._shares import entries_of
-from ppkernels.ops.bitmask import BitMask, count_bits
+from ppkernels.ops.bitmask import BitMask, count_bits, words_within
 from ppkernels.ops.select import reference
 
 Alpha = float | Tensor | None
@@ -130,22 +130,11 @@ def _words(many: Many, within: Any) -> list[Tensor]:
     masks = many.each("within", within)
     if all(mask is None for mask in masks):
         return []
-    for name, tensor, mask in zip(many.names, many.tensors, masks, strict=True):
-        if mask is None:
-            continue
-        if not isinstance(mask, BitMask):
-            raise TypeError(
-                f"topk_mask: within must be a pp.BitMask for {name}, got {type(mask).__name__}"
-            )
-        if mask.shape != tensor.shape:
-            raise ValueError(
-                f"topk_mask: within must have the shape of {name}, {tuple(tensor.shape)}, got "
-                f"{tuple(mask.shape)}"
-            )
-        check_words_for("topk_mask", mask.words, tensor)
     return [
-        torch.empty(0, dtype=torch.uint8, device=tensor.device) if mask is None else mask.words
-        for tensor, mask in zip(many.tensors, masks, strict=True)
+        torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        if mask is None
+        else words_within("topk_mask", mask, name, tensor)
+        for name, tensor, mask in zip(many.names, many.tensors, masks, strict=True)
     ]
 
 

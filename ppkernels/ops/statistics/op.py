@@ -8,102 +8,23 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_floating, check_words_for
+from ppkernels._checks import alpha_tensor, check_floating, check_has_values
 from ppkernels._many import Many
-from ppkernels.ops.bitmask import BitMask
+from ppkernels.ops.bitmask import BitMask, words_within
 from ppkernels.ops.statistics import reference
+from ppkernels.ops.statistics.result import Statistics
 
 Alpha = float | Tensor | None
 
-
-@dataclass(frozen=True)
-class Statistics:
-    """What `pp.statistics` counts of a weight; several are `combined` into those of them all.
-
-    Attributes:
-        count: how many entries were looked at.
-        min, max: the least and the largest θ; inf and −inf of no entries.
-        sum, sum_abs, sum_square: Σθ, Σ|θ|, Σθ².
-        below: for each ε, how many entries have |θ| < ε.
-        histogram: how many entries lie in each bin; a tuple of ints, empty without bins.
-        range: the ends of the histogram, (low, high); None without bins.
-    """
-
-    count: int
-    min: float
-    max: float
-    sum: float
-    sum_abs: float
-    sum_square: float
-    below: Mapping[float, int]
-    histogram: tuple[int, ...] = ()
-    range: tuple[float, float] | None = None
-
-    @property
-    def mean(self) -> float:
-        """Mean of θ; NaN of no entries, as the others."""
-        return self._per_entry(self.sum)
-
-    @property
-    def mean_abs(self) -> float:
-        """Mean of |θ|."""
-        return self._per_entry(self.sum_abs)
-
-    @property
-    def mean_square(self) -> float:
-        """Mean of θ², the second moment."""
-        return self._per_entry(self.sum_square)
-
-    def share_below(self, epsilon: float) -> float:
-        """The share of entries with |θ| < ε, one of those that were asked for."""
-        return self._per_entry(self.below[epsilon])
-
-    def _per_entry(self, total: float) -> float:
-        return total / self.count if self.count else math.nan
-
-    @classmethod
-    def combined(cls, parts: Iterable[Statistics]) -> Statistics:
-        """The statistics of all entries of several weights together.
-
-        Raises:
-            ValueError: no parts, or parts of different ε, bins or range.
-        """
-        several = list(parts)
-        if not several:
-            raise ValueError("Statistics.combined: there are no parts")
-        first = several[0]
-        for other in several[1:]:
-            if (
-                list(other.below) != list(first.below)
-                or other.range != first.range
-                or len(other.histogram) != len(first.histogram)
-            ):
-                raise ValueError(
-                    "Statistics.combined: the parts must have the same epsilons, bins and range"
-                )
-        return cls(
-            count=sum(part.count for part in several),
-            min=min(part.min for part in several),
-            max=max(part.max for part in several),
-            sum=math.fsum(part.sum for part in several),
-            sum_abs=math.fsum(part.sum_abs for part in several),
-            sum_square=math.fsum(part.sum_square for part in several),
-            below={
-                epsilon: sum(part.below[epsilon] for part in several) for epsilon in first.below
-            },
-            histogram=tuple(
-                sum(counts) for counts in zip(*(part.histogram for part in several), strict=True)
-            ),
-            range=first.range,
-        )
-
+# Indices of bins are int32 in the kernels.
+MOST_BINS = 2**31 - 2
 
 # ---- public functions
 
@@ -156,102 +77,144 @@ def statistics(
     """How θ is distributed: small entries counted, extremes, moments, a histogram; one pass each.
 
     θ is what `pp.power` makes of φ, rounded to its dtype, or what is stored; it is not written
-    anywhere. Sums are taken in float64, in an order that depends on nothing but the shape.
+    anywhere. Counts, extremes and histogram are exact. Sums are taken in float64; those of n
+    entries are off by less than (n / 2^15 + 2^11 + 5) · 2^-53 of Σ|θ|, or of Σθ² (CPU kernels; by
+    the order in kernels/statistics.h). On a CPU they have the same bits on every run, with any
+    number of threads, and on every instruction set for which θ has; they depend on the order in
+    which the entries are added up, that of memory for a tensor that fills one piece of it, and else
+    row-major.
 
     Args:
         tensors: one tensor, or a list or mapping of some: float32, float64, bfloat16 or float16,
             of any shapes and strides.
-        epsilons: the ε for which entries with |θ| < ε are counted.
+        epsilons: the ε ≥ 0 for which entries with |θ| < ε are counted, compared in float64.
         alpha: α of the tensors that hold φ; None for those that hold θ. One for all, or a list or
             mapping like ``tensors``.
-        bins: bins of the histogram; 0 for none.
-        range: its ends, low < high; entries outside are in no bin, high itself is in the last one.
-        within: masks like ``tensors``; entries whose bit is 0 are left out.
+        bins: bins of one width of the histogram; 0 for none.
+        range: its ends, low < high, needed with bins. Entries outside are in no bin; high itself is
+            in the last one. θ is in bin ⌊(θ − low) · (bins / (high − low))⌋, in float64.
+        within: masks like ``tensors``; entries whose bit is 0 are left out, whatever they are.
 
     Returns:
-        `Statistics`, or a list or dict of them, as ``tensors`` came.
+        `Statistics`, or a list or dict of them, as ``tensors`` came. Infinite θ count: among the
+        extremes, in the sums (inf and −inf add up to NaN), and as below no ε.
 
     Raises:
         TypeError: tensors, numbers or masks of another kind.
-        ValueError: a tensor in which there is a NaN, which the error names; bins without a range;
-            lists that do not go together.
+        ValueError: a tensor in which there is a NaN, which the error names, or which has no values
+            (on the meta device); α below 1; a negative ε; bins without a range, and a range that is
+            empty, infinite, or too narrow for so many bins; lists that do not go together.
 
-    A GPU is waited for, once a tensor.
+    The results are Python numbers: a GPU is waited for, once for all tensors if they are on one, so
+    that no CUDA graph can hold a call, and torch.compile leaves its graph there. The raw op,
+    ``torch.ops.ppkernels.statistics``, returns tensors and waits for nothing.
     """
     many = Many("statistics", tensors)
-    limits = [_number("epsilons", epsilon) for epsilon in epsilons]
-    low, high = _checked_range(bins, range)
-    alphas = many.each("alpha", alpha)
+    limits = _limits(epsilons)
+    bins, ends = _bins(bins, range)
+    alphas, labels = many.each("alpha", alpha), many.labels("alpha", alpha)
     masks = many.each("within", within)
-    results = []
-    for name, weight, own_alpha, mask in zip(many.names, many.tensors, alphas, masks, strict=True):
+    calls = []
+    for name, weight, exponent, label, mask in zip(
+        many.names, many.tensors, alphas, labels, masks, strict=True
+    ):
         check_floating("statistics", name, weight)
-        words = None if mask is None else _words(name, weight, mask)
-        exponent = alpha_tensor("statistics", 1.0 if own_alpha is None else own_alpha)
-        count = reference.statistics
-        if not _backend.uses_reference():
-            count = torch.ops.ppkernels.statistics
-        moments, counts = count(weight.detach(), exponent, limits, bins, low, high, words)
-        results.append(_read(name, moments, counts, limits, (low, high) if bins else None))
+        check_has_values("statistics", name, weight)
+        words = None if mask is None else words_within("statistics", mask, name, weight)
+        if exponent is None:
+            power = _ONE
+        else:
+            power = alpha_tensor("statistics", exponent, weight.device, label)
+        calls.append((weight.detach(), power, limits, bins, *ends, words))
+    find = reference.statistics
+    if not _backend.uses_reference():
+        find = torch.ops.ppkernels.statistics.default
+    found = [find(*call) for call in calls]
+    moments, counts = (_numbers([pair[i] for pair in found]) for i in (0, 1))
+    results = [
+        _read(*each, limits, ends if bins else None)
+        for each in zip(many.names, moments, counts, strict=True)
+    ]
     return many.like(results)
+
+
+# θ itself; what `alpha_tensor` would make of 1 at each call.
+_ONE = torch.ones((), dtype=torch.float64, device="cpu")
+
+
+def _numbers(tensors: list[Tensor]) -> list[list[Any]]:
+    """The numbers in each of some tensors of one size; one device is waited for once."""
+    if not tensors:
+        return []
+    if len({tensor.device for tensor in tensors}) > 1:
+        tensors = [tensor.cpu() for tensor in tensors]
+    return torch.stack(tensors).tolist()
 
 
 def _read(
     name: str,
-    moments: Tensor,
-    counts: Tensor,
+    moments: list[float],
+    counts: list[int],
     epsilons: list[float],
     range: tuple[float, float] | None,
 ) -> Statistics:
-    entries, nans, *rest = counts.tolist()
+    entries, nans, *rest = counts
     if nans:
-        raise ValueError(f"statistics: there is a NaN in {name}")
-    least, largest, *sums = moments.tolist()
+        raise ValueError(f"statistics: there is a NaN in {name} ({nans} of {entries} entries)")
+    below, histogram = rest[: len(epsilons)], rest[len(epsilons) :]
+    least, largest, total, total_abs, total_square = moments
     return Statistics(
-        entries,
-        least,
-        largest,
-        sums[0],
-        sums[1],
-        sums[2],
-        below=dict(zip(epsilons, rest, strict=False)),
-        histogram=tuple(rest[len(epsilons) :]),
+        count=entries,
+        min=least,
+        max=largest,
+        sum=total,
+        sum_abs=total_abs,
+        sum_square=total_square,
+        epsilons=tuple(epsilons),
+        counts_below=tuple(below),
+        histogram=tuple(histogram),
         range=range,
     )
 
 
-def _words(name: str, weight: Tensor, mask: Any) -> Tensor:
-    if not isinstance(mask, BitMask):
-        raise TypeError(
-            f"statistics: within must be a pp.BitMask for {name}, got {type(mask).__name__}"
-        )
-    if mask.shape != weight.shape:
-        raise ValueError(
-            f"statistics: within must have the shape of {name}, {tuple(weight.shape)}, got "
-            f"{tuple(mask.shape)}"
-        )
-    check_words_for("statistics", mask.words, weight)
-    return mask.words
+def _limits(epsilons: Any) -> list[float]:
+    if isinstance(epsilons, (str, bytes, Mapping, Tensor)) or not isinstance(epsilons, Iterable):
+        raise TypeError(f"statistics: epsilons must be a list of numbers, got {epsilons!r}")
+    limits = [_number("epsilons", epsilon) for epsilon in epsilons]
+    for limit in limits:
+        if not limit >= 0:
+            raise ValueError(f"statistics: epsilons must be numbers >= 0, got {limit}")
+    return limits
 
 
-def _checked_range(bins: Any, range: Any) -> tuple[float, float]:
-    if not isinstance(bins, int) or isinstance(bins, bool) or bins < 0:
-        raise ValueError(f"statistics: bins must be a whole number >= 0, got {bins!r}")
-    if bins == 0:
-        return 0.0, 1.0
+def _bins(bins: Any, range: Any) -> tuple[int, tuple[float, float]]:
+    """The number of bins and their ends, (0, 1) without."""
+    if not isinstance(bins, Integral) or isinstance(bins, bool):
+        raise TypeError(f"statistics: bins must be a whole number, got {bins!r}")
+    bins = int(bins)
+    if not 0 <= bins <= MOST_BINS:
+        raise ValueError(f"statistics: bins must be a number from 0 to {MOST_BINS}, got {bins}")
     if range is None:
-        raise ValueError(f"statistics: {bins} bins need a range, (low, high)")
+        if bins > 0:
+            raise ValueError(f"statistics: {bins} bins need a range, (low, high)")
+        return 0, (0.0, 1.0)
+    if not isinstance(range, (tuple, list)) or len(range) != 2:
+        raise TypeError(f"statistics: range must be a pair of numbers, (low, high), got {range!r}")
     low, high = (_number("range", end) for end in range)
     if not (low < high and math.isfinite(high - low)):
-        raise ValueError(f"statistics: range must be (low, high) with low < high, got {range}")
-    return low, high
+        raise ValueError(
+            "statistics: range must be (low, high) with low < high and a finite difference, got "
+            f"({low}, {high})"
+        )
+    if not math.isfinite(bins / (high - low)):
+        raise ValueError(f"statistics: range ({low}, {high}) is too narrow for {bins} bins")
+    return bins, (low, high)
 
 
 def _number(name: str, value: Any) -> float:
-    number = float(value)
-    if math.isnan(number):
-        raise ValueError(f"statistics: {name} must be numbers, got {value!r}")
-    return number
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"statistics: {name} must be numbers, got {value!r}")
+    return float(value)
 
 
 # ---- schema, and the kernels of every device but the CPU
