@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +97,18 @@ def check_no_grad(op: str, name: str, number: Tensor) -> None:
     """``number`` asks for no gradient: there is none."""
     if number.requires_grad:
         raise ValueError(f"{op}: there is no gradient with respect to {name}; pass {name}.detach()")
+
+
+def check_whole(
+    op: str, name: str, number: Any, *, at_least: int, at_most: int | None = None
+) -> None:
+    """``number`` is a whole number, no bool, within bounds."""
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise TypeError(f"{op}: {name} must be a whole number, got {number!r}")
+    if number < at_least:
+        raise ValueError(f"{op}: {name} must be at least {at_least}, got {number}")
+    if at_most is not None and number > at_most:
+        raise ValueError(f"{op}: {name} must be at most {at_most}, got {number}")
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -78,6 +78,10 @@ IMPORTS = [
     ("nn/*.py", [*USES_OPS, "ppkernels.autograd"]),
     ("optim/*.py", [*USES_OPS]),
     ("sparsity/plots.py", ["matplotlib.*", "{room}.*"]),
+    (
+        "sparsity/entries.py",
+        [*USES_OPS, "ppkernels.nn", "ppkernels.nn.choice", "ppkernels.nn.checkpoint"],
+    ),
     ("sparsity/*.py", [*USES_OPS, "ppkernels.nn", "ppkernels._shares"]),
 ]
 PYTHON_FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -36,16 +36,20 @@ class Masked(nn.Module):
     of its closure) the gradient is set to 0 at frozen entries, after it they get their values back.
     So the state of a frozen entry sees gradients of 0: its momentum decays, and has weight decay in
     it where that is coupled. An optimizer that mixes entries (Adafactor, Muon, LBFGS, one that
-    takes norms) counts the frozen ones so. Each step costs a copy of the weights that have an
+    takes norms) counts the frozen ones so. Until the step the gradient is dense, and what reads it
+    before, as torch.nn.utils.clip_grad_norm_ does, counts frozen entries too: it clips more than a
+    network without them would need. Each step costs a copy of the weights that have an
     ``update_mask``, a pass over their gradients and one over them (`ppkernels.nn.frozen` counts the
-    bytes); the step post-hooks of an optimizer run before the values are back. Not seen are steps
-    on tensors that are not the layer's own, such as master copies in another dtype and the
-    flattened parameters of FSDP1; a weight in a tensor subclass (DTensor, of FSDP2) is refused.
+    bytes); the optimizers of `pp.optim` need none of it. The step post-hooks of an optimizer run
+    before the values are back. Not seen are steps on tensors that are not the layer's own, such as
+    master copies in another dtype and the flattened parameters of FSDP1, and writes outside a step;
+    a weight in a tensor subclass (DTensor, of FSDP2) is refused.
 
     Both masks may be assigned at any time; a mask comes to the weight's device and follows the
     layer. They go with the layer into copies, pickles and checkpoints, but are no buffers, so that
     nobody averages their bits: the average of a torch.optim.swa_utils.AveragedModel has the masks
-    of the moment when it was copied, and hears of no later one.
+    of the moment when it was copied, and hears of no later one (assign them to the layers of its
+    ``module``, or see `pp.sparsity.Pruner`).
 
     Checkpoints: the state_dict holds what the plain layer's would, and the words of the masks under
     ``update_mask`` and ``mask`` where these are set. Loading sets both masks, one that the

@@ -44,7 +44,7 @@ class Uniform:
             ``Uniform({"output": 2})``.
     """
 
-    factors: Mapping[str, float] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.factors, Mapping):
@@ -63,8 +63,8 @@ class Uniform:
     def shares(self, sizes: Mapping[str, Size], kept: float | None) -> Shares:
         """``kept``, or min(1, factor · kept), for each."""
         share = _given("Uniform", kept)
-        _check_names("Uniform", self.factors, sizes)
-        return {name: min(1.0, float(self.factors.get(name, 1)) * share) for name in sizes}
+        factors = _by_weight("Uniform", self.factors, sizes)
+        return {name: min(1.0, float(factors.get(name, 1)) * share) for name in sizes}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PerLayer:
         kept: by the names of all layers that are pruned, shares from 0 to 1.
     """
 
-    kept: Mapping[str, float]
+    kept: Mapping[str, float] = field(hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.kept, Mapping):
@@ -122,14 +122,14 @@ class PerLayer:
                 "PerLayer: it has the shares itself, so that of the schedule, or of prune(), must "
                 f"be None, got {kept}"
             )
-        _check_names("PerLayer", self.kept, sizes)
-        missing = [name for name in sizes if name not in self.kept]
+        kept_of = _by_weight("PerLayer", self.kept, sizes)
+        missing = [name for name in sizes if name not in kept_of]
         if missing:
             raise ValueError(
                 f"PerLayer: there is no share for {missing[0]!r}; name it too (1 keeps all), or "
                 "leave the layer out with select"
             )
-        return {name: float(self.kept[name]) for name in sizes}
+        return {name: float(kept_of[name]) for name in sizes}
 
 
 def _erk_weight(size: Size) -> Fraction:
@@ -173,10 +173,22 @@ def _given(distribution: str, kept: float | None) -> float:
     return float(kept)
 
 
-def _check_names(distribution: str, given: Mapping[str, float], sizes: Mapping[str, Size]) -> None:
-    unknown = [name for name in given if name not in sizes]
-    if unknown:
-        raise ValueError(
-            f"{distribution}: {unknown[0]!r} is none of the layers to prune, which are "
-            f"{', '.join(map(repr, sizes))}"
-        )
+def _by_weight(
+    distribution: str, given: Mapping[str, float], sizes: Mapping[str, Size]
+) -> dict[str, float]:
+    """``given`` by the first names of weights; layers that share one must agree."""
+    first = {also: name for name, size in sizes.items() for also in size.also}
+    found: dict[str, float] = {}
+    for name, value in given.items():
+        weight = first.get(name, name)
+        if weight not in sizes:
+            raise ValueError(
+                f"{distribution}: {name!r} is none of the layers to prune, which are "
+                f"{', '.join(map(repr, [*sizes, *first]))}"
+            )
+        if found.setdefault(weight, value) != value:
+            raise ValueError(
+                f"{distribution}: {name!r} shares its weight with other layers, the first of which "
+                f"is {weight!r}, so they need the same number; got {value} and {found[weight]}"
+            )
+    return found

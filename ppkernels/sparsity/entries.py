@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -15,10 +15,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ppkernels import _powered
 from ppkernels._powered import MaskedLayer
 from ppkernels.nn import add_masks
+from ppkernels.nn.checkpoint import MASKS
+from ppkernels.nn.choice import ADD_MASKS, MASKED, called, selected_layers
 from ppkernels.ops import BitMask, apply_mask
+from ppkernels.sparsity.watch import Watch
 from ppkernels.sparsity.weights import Size, Weight
 
 Select = Callable[[str, nn.Module], bool] | Iterable[str]
+
+# How errors call what is done to layers here.
+_PRUNE = replace(ADD_MASKS, op="Pruner", done="pruned")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Entries:
     """The entries of the weights that a pruner has been given; not pruned at first.
 
     Whether an entry is frozen or hidden is asked of the layers each time, and is theirs to say.
+    Until `convert` the layers have no masks, and nothing but `whole_sizes` can be asked.
     """
 
     def __init__(self, model: nn.Module, select: Select | None) -> None:
@@ -68,6 +75,29 @@ class Entries:
         self.layers = _chosen(model, select)
         # The entries of each weight that are not pruned; nothing for a weight that is whole.
         self.masks: dict[str, BitMask] = {}
+        # The update masks with its zeros that the layers of each pruned weight have been given.
+        self._given: list[tuple[nn.Parameter, list[tuple[MaskedLayer, BitMask]]]] = []
+        self._generation: object = None
+        self._watch = Watch()
+
+    def convert(self) -> None:
+        """Make plain layers layers with masks."""
+        add_masks(self.model, select=list(self.layers))
+
+    def whole_sizes(self) -> dict[str, Size]:
+        """The sizes of the weights if no entry of them is frozen or hidden."""
+        shared = self._names()
+        return {
+            names[0]: Size(weight.shape, weight.numel(), tuple(names[1:]))
+            for weight, names in shared.items()
+        }
+
+    def _names(self) -> dict[nn.Parameter, list[str]]:
+        """Each weight with the names of the layers that have it."""
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, layer in self.layers.items():
+            names.setdefault(_parameter(name, layer), []).append(name)
+        return names
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights by the name of their layer; one that several layers share comes once."""
@@ -78,14 +108,17 @@ class Entries:
                     f"Pruner: {name!r} is no longer the layer with masks that it was when the "
                     "pruner was made; make a new one (and pp.fold a model when all is pruned)"
                 )
-        weights = {name: _parameter(name, layer) for name, layer in self.layers.items()}
-        first = {id(weight): name for name, weight in reversed(weights.items())}
-        return {name: weights[name] for name in weights if first[id(weights[name])] == name}
+        return {names[0]: weight for weight, names in self._names().items()}
 
     def ranked(self) -> dict[str, Weight]:
         """The weights as scores see them."""
         found = {}
         for name, weight in self.weights().items():
+            if weight.is_meta:
+                raise RuntimeError(
+                    f"Pruner: the weight of {name!r} is on the meta device, which holds no values "
+                    "to rank; load the model's values first"
+                )
             layer = self.layers[name]
             alpha = None
             if _powered.is_powered(layer) and layer.stores == "phi":
@@ -113,13 +146,11 @@ class Entries:
 
     def sizes(self) -> dict[str, Size]:
         """By weight, its shape and how many entries are or may be pruned."""
-        weights, sizes = self.weights(), {}
+        weights, sizes = self.weights(), self.whole_sizes()
         for name, within in self.within().items():
-            weight = weights[name]
-            entries = weight.numel()
             if within is not None:
-                entries = (within | ~self.mask(name, weight)).count()
-            sizes[name] = Size(weight.shape, entries)
+                entries = (within | ~self.mask(name, weights[name])).count()
+                sizes[name] = sizes[name]._replace(entries=entries)
         return sizes
 
     def left(self) -> dict[str, int]:
@@ -141,29 +172,75 @@ class Entries:
 
     def enforce(self) -> None:
         """Set pruned entries to 0, and their bits in the update masks of the layers."""
+        self._join()
+        self._given = []
         for name, weight in self.weights().items():
             mask = self.mask(name, weight)
             if name not in self.masks or mask.count() == mask.numel():
                 continue
             with torch.no_grad():
                 weight.copy_(apply_mask(weight.detach(), mask.words))
-            for layer in _powered.masked_layers_of(weight):
-                own = layer.update_mask
-                layer.update_mask = mask if own is None else own & mask
+            self._given.append((weight, _give(weight, mask)))
+        self._generation = _powered.generation()
+        self._watch.start([weight for weight, _ in self._given])
 
-    def load(self, state: dict[str, Any]) -> None:
+    def _join(self) -> None:
+        """Weights that were tied after a pruning are pruned where either was."""
+        for first, *others in self._names().values():
+            masks = [self.masks.pop(name) for name in (first, *others) if name in self.masks]
+            if masks:
+                device = masks[0].device
+                self.masks[first] = functools.reduce(
+                    operator.and_, [mask.to(device) for mask in masks]
+                )
+
+    def is_undone(self) -> bool:
+        """Whether pruned entries may be trained, or may not be 0: a look of some microseconds."""
+        if self._generation is not _powered.generation():
+            for weight, given in self._given:
+                layers = _powered.masked_layers_of(weight)
+                if len(layers) != len(given) or any(
+                    layer is not known or layer.update_mask is not mask
+                    for layer, (known, mask) in zip(layers, given, strict=True)
+                ):
+                    return True
+            self._generation = _powered.generation()
+        return self._watch.is_written()
+
+    def _take_back(self) -> None:
+        """Set the bits that pruning has cleared in the masks that the layers were given.
+
+        A mask that is another one by now has come from somebody else, and is left alone.
+        """
+        masks = {id(weight): self.mask(name, weight) for name, weight in self.weights().items()}
+        for weight, given in self._given:
+            for layer, mask in given:
+                if id(weight) in masks and layer.update_mask == mask:
+                    whole = mask.to(weight.device) | ~masks[id(weight)]
+                    layer.update_mask = None if whole.count() == whole.numel() else whole
+        self._given = []
+
+    def load(self, state: Any) -> None:
         """Take over the words of masks by name; nothing is changed after an error."""
-        weights, masks = self.weights(), {}
+        if not isinstance(state, dict):
+            raise ValueError(
+                "Pruner.load_state_dict: kept must be a dict from names to words, got "
+                f"{type(state).__name__}"
+            )
+        self.weights()  # the layers are those that they were
+        shapes = {name: weight.shape for weight, names in self._names().items() for name in names}
+        masks = {}
         for name, words in state.items():
-            if name not in weights:
+            if name not in shapes:
                 raise ValueError(
                     f"Pruner.load_state_dict: {name!r} is none of the layers to prune, which are "
-                    f"{', '.join(map(repr, weights))}"
+                    f"{', '.join(map(repr, shapes))}"
                 )
             try:
-                masks[name] = BitMask(words, weights[name].shape)
+                masks[name] = BitMask(words, shapes[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Pruner.load_state_dict: {name!r}: {error}") from None
+        self._take_back()
         self.masks = masks
         self.enforce()
 
@@ -183,7 +260,23 @@ def _share(count: int, entries: int) -> float:
     return count / entries if entries else 1.0
 
 
-def _parameter(name: str, layer: MaskedLayer) -> nn.Parameter:
+def _give(weight: nn.Parameter, mask: BitMask) -> list[tuple[MaskedLayer, BitMask]]:
+    """Clear in the layers' update masks the bits that ``mask`` lacks; the masks they have then.
+
+    Layers that share a weight must agree, so one that had no mask gets what the others freeze.
+    """
+    layers = _powered.masked_layers_of(weight)
+    own = [layer.update_mask for layer in layers if layer.update_mask is not None]
+    joint = functools.reduce(operator.and_, own, mask)
+    given = []
+    for layer in layers:
+        if layer.update_mask is None or layer.update_mask != joint:
+            layer.update_mask = joint
+        given.append((layer, layer.update_mask))
+    return given
+
+
+def _parameter(name: str, layer: MaskedLayer | nn.Module) -> nn.Parameter:
     weight = _powered.weight_parameter(layer)
     if weight is None:
         raise RuntimeError(
@@ -199,20 +292,46 @@ def _parameter(name: str, layer: MaskedLayer) -> nn.Parameter:
 
 
 def _chosen(model: nn.Module, select: Select | None) -> dict[str, MaskedLayer]:
-    """The layers to prune by name; plain ones become layers with masks."""
-    names: list[str] = []
-
-    def is_chosen(name: str, layer: nn.Module) -> bool:
-        chosen = select is None or (callable(select) and select(name, layer))
-        if chosen:
-            names.append(name)
-        return chosen
-
+    """The layers to prune by name, in the model's order; plain ones may be among them still."""
+    every = dict(model.named_modules(remove_duplicate=False))
     if select is None or callable(select):
-        add_masks(model, select=is_chosen)
-    else:
-        if isinstance(select, Iterable) and not isinstance(select, str):
-            select = names = list(select)
-        add_masks(model, select=select)
-    layers = dict(model.named_modules(remove_duplicate=False))
-    return {name: cast(MaskedLayer, layers[name]) for name in names}
+        _check_left_out(every, select)
+    if select is None:
+        _check_trained(model)
+    layers = selected_layers(_PRUNE, model, _is_trained if select is None else select)
+    # A set has another order in each process.
+    return {name: cast(MaskedLayer, layers[name]) for name in every if name in layers}
+
+
+def _is_trained(name: str, layer: nn.Module) -> bool:
+    weight = _powered.weight_parameter(layer)
+    return weight is None or weight.requires_grad
+
+
+def _check_trained(model: nn.Module) -> None:
+    """There is a layer to prune by default, if any can be pruned."""
+    layers = selected_layers(_PRUNE, model, None)
+    if not any(_is_trained(name, layer) for name, layer in layers.items()):
+        raise ValueError(
+            f"Pruner: no weight of {type(model).__name__} that can be pruned requires a gradient; "
+            f"name layers with select, {next(iter(layers))!r} for example"
+        )
+
+
+def _check_left_out(
+    modules: dict[str, nn.Module], select: Callable[[str, nn.Module], bool] | None
+) -> None:
+    """No layer goes unpruned by a slip: it is still lazy, or its masks came before `add_masks`."""
+    for name, module in modules.items():
+        slip = None
+        if getattr(module, "cls_to_become", None) in MASKED:
+            slip = "it is lazy; run a batch through the model first"
+        elif type(module) in MASKED:
+            early = [mask for mask in MASKS if isinstance(module.__dict__.get(mask), BitMask)]
+            if early:
+                slip = (
+                    f"its {early[0]} was assigned before it had masks; delete the attribute, call "
+                    "pp.nn.add_masks(model), and assign it then"
+                )
+        if slip and (select is None or select(name, module)):
+            raise TypeError(f"Pruner: {called(name, module)} cannot be pruned: {slip}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 
 def reestimate_batch_norm(
@@ -27,6 +28,11 @@ def reestimate_batch_norm(
     them in training mode). Modes come back as they were; parameters and the layers' own momentum
     do not change. A model without such layers is left as it is, and no batch is asked for.
 
+    Where a model is trained by several processes (DistributedDataParallel), each measures its own
+    batches, but for nn.SyncBatchNorm, whose means over a batch are those of all. So give every
+    process the same batches, or copy the buffers of one to the others (torch.distributed.broadcast)
+    before anything depends on them.
+
     Args:
         model: any module, wrapped or not.
         batches: tensors, or tuples or lists whose first element is the model's input: a DataLoader,
@@ -35,7 +41,7 @@ def reestimate_batch_norm(
             model(batch["image"].cuda())``. By default ``model(input)``.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches; a lazy norm layer that has seen none.
         TypeError: a batch of another kind, without ``forward``. After any error, one of the model's
             own included, statistics and modes are what they were.
 
@@ -55,6 +61,12 @@ def reestimate_batch_norm(
     ]
     if not layers:
         return
+    for layer in layers:
+        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"reestimate_batch_norm: a {type(layer).__name__} is lazy; run a batch through the "
+                "model first"
+            )
     device = next(layers[0].buffers()).device
     seen = 0
     with torch.no_grad(), _measuring(model, layers):

@@ -1,23 +1,25 @@
 """`Pruner`: prunes a model's weights when its schedule says so."""
+# Longer than 350 lines: the docstring of the class shows the loops of all methods.
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppkernels import _powered
+from ppkernels._checks import check_whole
 from ppkernels._shares import check_share
 from ppkernels.ops import BitMask
 from ppkernels.sparsity.distributions import Distribution, Global
 from ppkernels.sparsity.entries import Entries, Kept, Select, unwrapped
 from ppkernels.sparsity.schedules import Schedule
-from ppkernels.sparsity.scores import Magnitude, Score
+from ppkernels.sparsity.scores import Magnitude, NonFiniteGradient, Score, check_scores
 from ppkernels.sparsity.types import Type, Unstructured
-from ppkernels.sparsity.weights import Counts
+from ppkernels.sparsity.weights import Counts, Shares, Size
 
 
 class Pruner:
@@ -78,11 +80,22 @@ class Pruner:
     What may be pruned: entries that an ``update_mask`` of yours freezes, whenever you set it, are
     neither pruned nor freed, and so are those that ``mask`` hides from the network. Shares are of
     all other entries, pruned ones included. Weights that layers share are pruned once, and all
-    these layers get the mask. Biases and norms are not pruned.
+    these layers get the mask. What another pruner has pruned is frozen to this one, which counts
+    the rest as its whole; load the first one's state to go on from there.
 
-    Checkpoints: save ``model.state_dict()``, the optimizer's, and `state_dict`. To resume, make
-    model and pruner anew and load the model first, then the pruner: training goes on bit for bit as
-    if nothing had happened. Loading restores masks that the model's checkpoint does not have.
+    Left out, unless ``select`` names them: weights that require no gradient (a frozen backbone).
+    Always left out: biases, norms, embeddings, transposed convolutions, recurrent layers, the
+    joint input projection of nn.MultiheadAttention, subclasses of the layers named below, layers
+    that torch.nn.utils has parametrized, normalised or pruned, quantized ones. `kept` has a line
+    for each layer that is not left out.
+
+    Checkpoints: save ``model.state_dict()``, the optimizer's, and `state_dict`. To resume, load the
+    model first, then the pruner, into new ones or the same: training goes on bit for bit as if
+    nothing had happened. Loading restores masks that the model's checkpoint does not have. The
+    average of an AveragedModel has the masks of the moment when it was copied; a pruner of its own,
+    with the same choices, prunes it like the model::
+
+        Pruner(average.module, schedule).load_state_dict(pruner.state_dict())
 
     Attributes:
         steps: calls of `step` so far.
@@ -99,12 +112,15 @@ class Pruner:
         type: `Unstructured`, `NofM`, `ConstantFanIn`.
         select: which layers: the names of some, or a function of name and layer, asked about those
             that can be pruned: powered ones, and nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d,
-            without subclasses. All of them by default.
+            without subclasses. By default all of them whose weight requires a gradient.
 
     Raises:
-        TypeError: arguments of another kind; a weight of a subclass of Parameter (a sharded one).
+        TypeError: arguments of another kind; a weight of a subclass of Parameter (a sharded one); a
+            lazy layer.
         ValueError: no layer to prune; choices that do not go together, or with these layers.
         RuntimeError: a weight that torch.nn.utils has parametrized or pruned.
+
+    The model is as it was when an error is raised.
 
     Design after jaxpruner (Lee et al., 2023), whose algorithms are such choices too.
     """
@@ -132,15 +148,29 @@ class Pruner:
         self.distribution, self.type = distribution, type
         self.steps = 0
         self.prunings = 0
-        self._entries = Entries(self.model, select)
+        self._is_late = False
         self._remembered: dict[str, Tensor] | None = None
-        sizes = self._entries.sizes()
-        type.check(sizes, distribution.shares(sizes, schedule.kept))
+        self._entries = Entries(self.model, select)
+        # Checked before the model is changed, and as if nothing were frozen: masks from the
+        # checkpoint of a pruned model may be there, the state of its pruner is loaded afterwards.
+        sizes = self._entries.whole_sizes()
+        type.check(sizes, self._shares(sizes, schedule.kept, lambda kept: schedule.share(0, kept)))
+        type.check(sizes, self._shares(sizes, schedule.kept, lambda kept: kept))
+        self._entries.convert()
 
     # ---- when
 
     def step(self) -> bool:
         """Count a step, and prune if the schedule says so; call it after each optimizer.step().
+
+        It also looks whether pruned entries are still frozen zeros. Where an ``update_mask`` was
+        assigned that trains them, or somebody other than a torch optimizer has written to a pruned
+        weight (a checkpoint, an averaging wrapper such as Lookahead), they become so again, at the
+        cost of a pass over the pruned weights. Not noticed are writes through ``.data``: those are
+        undone by the next pruning, or by ``load_state_dict(state_dict())``.
+
+        A score of gradients waits for gradients that are finite: where a GradScaler has found an
+        overflow, a pruning that is due is done at the first step with finite ones.
 
         Returns:
             Whether it has pruned.
@@ -153,14 +183,21 @@ class Pruner:
             raise RuntimeError(
                 f"Pruner.step: {self.schedule} prunes at step 0; call prune() before the first step"
             )
+        self._restore()
         step = self.steps + 1
-        is_due = self.schedule.is_due(step)
+        is_due = self._is_late or self.schedule.is_due(step)
+        is_late = False
         if is_due:
-            self._prune(
-                self.schedule.kept, lambda kept: self.schedule.share(step, kept), may_be_ahead=True
-            )
-        self.steps = step
-        return is_due
+            try:
+                self._prune(
+                    self.schedule.kept,
+                    lambda kept: self.schedule.share(step, kept),
+                    may_be_ahead=True,
+                )
+            except NonFiniteGradient:
+                is_late = True
+        self.steps, self._is_late = step, is_late
+        return is_due and not is_late
 
     def prune(self, kept: float | None = None) -> None:
         """Prune now, whatever the schedule says, down to ``kept``.
@@ -170,13 +207,19 @@ class Pruner:
                 default what the schedule keeps in the end.
 
         Raises:
-            ValueError: a share that is none, or above what is left; a NaN in a score; what
-                distribution or type do not take.
+            ValueError: a share that is none, or above what is left; a NaN in a score, or a
+                gradient that is not finite; what distribution or type do not take.
+            TypeError: a score that gives back anything but a Weight for each weight.
             RuntimeError: a score of gradients where there are none; a weight that torch.nn.utils
                 has parametrized or pruned. Nothing is changed when an error is raised.
         """
         final = self.schedule.kept if kept is None else check_share("Pruner.prune", "kept", kept)
+        self._restore()
         self._prune(final, lambda share: share, may_be_ahead=False)
+
+    def _restore(self) -> None:
+        if self._entries.is_undone():
+            self._entries.enforce()
 
     def _prune(
         self, kept: float | None, part: Callable[[float], float], *, may_be_ahead: bool
@@ -184,15 +227,26 @@ class Pruner:
         """Prune on the way to the share ``kept``, as far as ``part`` of a final share says."""
         entries = self._entries
         sizes = entries.sizes()
-        shares = self.distribution.shares(sizes, kept)
-        if isinstance(shares, dict):
-            shares = {name: part(share) for name, share in shares.items()}
-        else:
-            shares = part(shares)
-        counts = _at_most(self.type.counts(sizes, shares), entries.left(), may_be_ahead)
-        ranked = self.score.of(entries.ranked())
-        entries.keep(self.type.masks(ranked, counts, entries.within()))
+        counts = self.type.counts(sizes, self._shares(sizes, kept, part))
+        counts = _at_most(counts, entries.left(), may_be_ahead)
+        within = entries.within()
+        ranked = check_scores(self.score, entries.ranked(), within)
+        entries.keep(self.type.masks(ranked, counts, within))
         self.prunings += 1
+
+    def _shares(
+        self, sizes: Mapping[str, Size], kept: float | None, part: Callable[[float], float]
+    ) -> Shares:
+        """What ``part`` makes of the shares that the distribution gives in the end."""
+        shares = self.distribution.shares(sizes, kept)
+        if not isinstance(shares, dict):
+            return part(check_share(type(self.distribution).__name__, "shares", shares))
+        if shares.keys() != sizes.keys():
+            raise ValueError(
+                f"Pruner: {self.distribution} must give a share for each of {list(sizes)}, got "
+                f"{list(shares)}"
+            )
+        return {name: part(share) for name, share in shares.items()}
 
     # ---- rewinding
 
@@ -220,8 +274,7 @@ class Pruner:
         if self._remembered is None:
             raise RuntimeError("Pruner.rewind: nothing is remembered; call remember() before")
         tensors = _tensors(self.model)
-        forms = {name: tensor.shape for name, tensor in tensors.items()}
-        if forms != {name: tensor.shape for name, tensor in self._remembered.items()}:
+        if _forms(tensors) != _forms(self._remembered):
             raise RuntimeError(
                 "Pruner.rewind: the model has other parameters and buffers than at remember()"
             )
@@ -243,6 +296,7 @@ class Pruner:
         return {
             "steps": self.steps,
             "prunings": self.prunings,
+            "is_late": self._is_late,
             "kept": {name: mask.words for name, mask in self._entries.masks.items()},
             "remembered": None if self._remembered is None else dict(self._remembered),
         }
@@ -256,14 +310,27 @@ class Pruner:
             ValueError: a state that is not that of a pruner of such layers. Nothing is changed
                 then.
         """
-        if set(state_dict) != set(self.state_dict()):
+        wanted, op = list(self.state_dict()), "Pruner.load_state_dict"
+        if not isinstance(state_dict, dict) or set(state_dict) != set(wanted):
+            found = list(state_dict) if isinstance(state_dict, dict) else type(state_dict).__name__
+            raise ValueError(f"{op}: the keys must be {wanted}, got {found}")
+        for name in ("steps", "prunings"):
+            try:
+                check_whole(op, name, state_dict[name], at_least=0)
+            except TypeError as error:
+                raise ValueError(str(error)) from None
+        if not isinstance(state_dict["is_late"], bool):
+            raise ValueError(f"{op}: is_late must be a bool, got {state_dict['is_late']!r}")
+        remembered = state_dict["remembered"]
+        if remembered is not None and _forms(remembered) != _forms(_tensors(self.model)):
             raise ValueError(
-                f"Pruner.load_state_dict: the keys must be {list(self.state_dict())}, got "
-                f"{list(state_dict)}"
+                f"{op}: remembered must be None, or tensors like the parameters and buffers of "
+                "the model, by name"
             )
         self._entries.load(state_dict["kept"])
-        self.steps, self.prunings = state_dict["steps"], state_dict["prunings"]
-        self._remembered = state_dict["remembered"]
+        self.steps, self.prunings = int(state_dict["steps"]), int(state_dict["prunings"])
+        self._is_late = state_dict["is_late"]
+        self._remembered = remembered
 
     # ---- what is left
 
@@ -288,6 +355,13 @@ def _check_choice(name: str, choice: object, wanted: type[Any], example: str) ->
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name; one that is shared comes once."""
     return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+
+
+def _forms(tensors: Any) -> dict[str, torch.Size] | None:
+    """The shapes of several tensors by name; None of anything else."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        return None
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _at_most(counts: Counts, left: dict[str, int], may_be_ahead: bool) -> Counts:

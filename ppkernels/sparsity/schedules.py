@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
+from ppkernels._checks import check_whole
 from ppkernels._shares import check_share
+
+_NO_ROUNDS_TO_0 = "Iterative: kept must be above 0, for no round would keep a part of 0"
 
 
 @runtime_checkable
@@ -141,7 +143,8 @@ class Iterative:
     rewinding. `Pruner` shows the loop.
 
     Args:
-        kept: the share kept after the last round, > 0; None where the distribution says so.
+        kept: the share kept after the last round, > 0; None where the distribution says so, whose
+            shares must all be > 0 then.
         rounds: ≥ 1.
         every: the steps of a round, ≥ 1.
         begin: the step at which the first round begins, ≥ 0.
@@ -159,7 +162,7 @@ class Iterative:
     def __post_init__(self) -> None:
         _check_kept(self)
         if self.kept == 0:
-            raise ValueError("Iterative: kept must be above 0, for no round would keep a part of 0")
+            raise ValueError(_NO_ROUNDS_TO_0)
         _check_whole(self, "rounds", at_least=1)
         _check_whole(self, "every", at_least=1)
         _check_whole(self, "begin", at_least=0)
@@ -170,7 +173,13 @@ class Iterative:
         return since % self.every == 0 and 1 <= since // self.every <= self.rounds
 
     def share(self, step: int, kept: float) -> float:
-        """kept^(r/rounds) from the end of round r on."""
+        """kept^(r/rounds) from the end of round r on.
+
+        Raises:
+            ValueError: ``kept`` is 0, which no rounds lead to.
+        """
+        if kept == 0:
+            raise ValueError(_NO_ROUNDS_TO_0)
         rounds = (step - self.begin) // self.every
         if rounds >= self.rounds:
             return kept
@@ -183,13 +192,4 @@ def _check_kept(schedule: Any) -> None:
 
 
 def _check_whole(schedule: Any, name: str, *, at_least: int) -> None:
-    value = getattr(schedule, name)
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(
-            f"{type(schedule).__name__}: {name} must be a whole number of "
-            f"{'rounds' if name == 'rounds' else 'steps'}, got {value!r}"
-        )
-    if value < at_least:
-        raise ValueError(
-            f"{type(schedule).__name__}: {name} must be at least {at_least}, got {value}"
-        )
+    check_whole(type(schedule).__name__, name, getattr(schedule, name), at_least=at_least)

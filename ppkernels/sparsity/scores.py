@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ppkernels.ops import power_backward
+from ppkernels._checks import DTYPES, check_whole
+from ppkernels.ops import BitMask, power_backward
 from ppkernels.sparsity.weights import Weight
+
+
+class NonFiniteGradient(ValueError):
+    """A gradient has an infinity or a NaN, as after an overflow that a GradScaler takes care of.
+
+    A score of gradients raises it, and `Pruner.step` waits then for the next one.
+    """
 
 
 @runtime_checkable
@@ -53,10 +60,7 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seed, Integral) or isinstance(self.seed, bool):
-            raise TypeError(f"Random: seed must be a whole number, got {self.seed!r}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"Random: seed must be from 0 to 2^64 - 1, got {self.seed}")
+        check_whole("Random", "seed", self.seed, at_least=0, at_most=2**64 - 1)
 
     def of(self, weights: Mapping[str, Weight]) -> dict[str, Weight]:
         """Numbers from [0, 1), float32, drawn on the CPU."""
@@ -75,6 +79,10 @@ class Random:
 class Gradient:
     """|∂L/∂θ|, from the ``.grad`` that the weights have at the moment of pruning.
 
+    It may be accumulated, clipped as a whole or scaled by one number; all weights must have one,
+    and it must be finite (`Pruner.step` waits for that). At entries that are frozen an optimizer
+    of torch has set it to 0; they are not ranked.
+
     Where a layer stores φ, ``.grad`` is ∂L/∂φ = ∂L/∂θ·α|φ|^(α−1), and is divided by that factor, in
     float64. At φ = 0 with α > 1 the factor is 0 and ∂L/∂θ is lost: the score is 0 there. Such an
     entry is 0 and stays 0 in training, so it is the first to go.
@@ -91,7 +99,7 @@ class Sensitivity:
 
     ``.grad`` is that of the moment of pruning. Where a layer stores φ this is |φ·∂L/∂φ|/α, with
     nothing divided by a factor that may be 0. The product is taken in float32, or in float64 for
-    float64 weights.
+    float64 weights; products too small for it are 0, and of equal ones the first are kept.
 
     Source: Lee et al., "SNIP: Single-shot network pruning based on connection sensitivity", 2019,
     equation 6, without its normalisation, which does not change the ranks.
@@ -128,4 +136,41 @@ def _grad(score: str, name: str, weight: Weight) -> Tensor:
         )
     if grad.layout is not torch.strided:
         raise TypeError(f"{score}: the gradient of {name!r} must be dense, got {grad.layout}")
+    if not bool(grad.isfinite().all()):
+        raise NonFiniteGradient(
+            f"{score}: the gradient of {name!r} has an infinity or a NaN; prune after a backward "
+            "without"
+        )
     return grad.detach()
+
+
+def check_scores(
+    score: Score, weights: Mapping[str, Weight], within: Mapping[str, BitMask | None]
+) -> dict[str, Weight]:
+    """What ``score`` says of ``weights``: one ranking for each, of its shape, in their order.
+
+    Raises:
+        TypeError, ValueError: it says anything else, or NaN of an entry ``within``.
+    """
+    ranked = score.of(weights)
+    if not isinstance(ranked, Mapping) or ranked.keys() != weights.keys():
+        found = list(ranked) if isinstance(ranked, Mapping) else type(ranked).__name__
+        raise ValueError(
+            f"Pruner: {score}.of must give back a mapping with the names {list(weights)}, got "
+            f"{found}"
+        )
+    for name, weight in weights.items():
+        one, of_it = ranked[name], f"Pruner: {score}.of({name!r})"
+        if not isinstance(one, Weight) or not isinstance(one.stored, Tensor):
+            raise TypeError(f"{of_it} must be a Weight of a tensor, got {type(one).__name__}")
+        if one.stored.dtype not in DTYPES:
+            raise TypeError(f"{of_it} must be of a floating dtype, got {one.stored.dtype}")
+        if one.stored.shape != weight.stored.shape:
+            raise ValueError(
+                f"{of_it} must have the shape of the weight, {tuple(weight.stored.shape)}, got "
+                f"{tuple(one.stored.shape)}"
+            )
+        is_nan, mask = one.stored.detach().isnan(), within[name]
+        if bool(is_nan.any()) and (mask is None or bool((is_nan & mask.unpack()).any())):
+            raise ValueError(f"{of_it} has a NaN")
+    return {name: ranked[name] for name in weights}

@@ -6,17 +6,21 @@ are the same in every run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ppkernels._checks import check_whole
 from ppkernels._shares import entries_of
 from ppkernels.ops import BitMask, topk_mask
 from ppkernels.sparsity.weights import Counts, Shares, Size, Weight
+
+# How far a share may be off a whole number of a group: 0.333333 is meant as 1/3.
+_NEAR = 1e-6
 
 Within = Mapping[str, BitMask | None]
 
@@ -69,9 +73,9 @@ class NofM:
     The input dimension is that of the layer's input features or channels, dimension 1 of the
     weight; a group of a convolution stays at one place of the kernel. It wants a distribution that
     gives each layer a share, `Uniform` or `PerLayer`, and the share n/m in the end, or a larger
-    one that is a whole number of each m: 1 leaves a layer dense. On the way of a gradual schedule
-    each group keeps the smallest whole number that is no less than its share: with 2 of 4 and
-    Cubic, first 4 of 4, then 3 of 4, and 2 of 4 at the end.
+    one that is a whole number of each m, give or take 1e-6: 1 leaves a layer dense. On the way of a
+    gradual schedule each group keeps the smallest whole number that is no less than its share: with
+    2 of 4 and Cubic, first 4 of 4, then 3 of 4, and 2 of 4 at the end.
 
     Args:
         n: ≥ 1 and ≤ m.
@@ -82,20 +86,18 @@ class NofM:
     m: int
 
     def __post_init__(self) -> None:
-        for name in ("n", "m"):
-            value: Any = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"NofM: {name} must be a whole number, got {value!r}")
+        check_whole("NofM", "m", self.m, at_least=1)
+        check_whole("NofM", "n", self.n, at_least=0)
         if not 1 <= self.n <= self.m:
             raise ValueError(f"NofM: n must be from 1 to m, got n={self.n}, m={self.m}")
 
     def check(self, sizes: Mapping[str, Size], shares: Shares) -> None:
         """Each share is a whole number of each m; each layer has a multiple of m inputs."""
         for name, share in _of_each(self, shares).items():
-            if self._of_group(share) != entries_of(share, self.m):
+            if abs(self._of_group(share) - share * self.m) > _NEAR * self.m:
                 raise ValueError(
                     f"{self}: {name!r} would keep {share:g}, which is no whole number of each "
-                    f"{self.m}; Uniform with {self.n / self.m:g} for the schedule's share fits, "
+                    f"{self.m}; Uniform with {self.n}/{self.m} for the schedule's share fits, "
                     "and so does PerLayer"
                 )
         self.counts(sizes, shares)
@@ -107,7 +109,7 @@ class NofM:
             size, kept = sizes[name], self._of_group(share)
             if kept < self.n:
                 raise ValueError(
-                    f"{self}: {name!r} would keep {share:g}, and the least is {self.n / self.m:g}"
+                    f"{self}: {name!r} would keep {share:g}, and the least is {self.n}/{self.m}"
                 )
             if kept < self.m:
                 _check_whole_weight(self, name, size)
@@ -130,14 +132,16 @@ class NofM:
                 masks[name] = all_of_it
                 continue
             last = stored.movedim(1, -1).shape  # [out, *kernel, in]
-            groups = _candidates(name, stored, within[name]).movedim(1, -1).reshape(-1, self.m)
-            kept = _largest(groups, counts[name] // groups.shape[0]).view(last).movedim(-1, 1)
+            keys = _candidates(self, name, stored, within[name])
+            groups = keys.movedim(1, -1).reshape(-1, self.m)
+            kept = _largest(self, name, groups, counts[name] // groups.shape[0])
+            kept = kept.view(last).movedim(-1, 1)
             masks[name] = BitMask.pack(kept)
         return masks
 
     def _of_group(self, share: float) -> int:
-        """The smallest number of m entries that is no less than the share."""
-        return self.m - entries_of(1 - share, self.m)
+        """The smallest number of m entries that is no less than the share, a millionth aside."""
+        return math.ceil(max(share - _NEAR, 0) * self.m)
 
 
 @dataclass(frozen=True)
@@ -175,8 +179,8 @@ class ConstantFanIn:
             if all_of_it := _all(stored, counts[name], within[name]):
                 masks[name] = all_of_it
                 continue
-            rows = _candidates(name, stored, within[name]).flatten(1)
-            kept = _largest(rows, counts[name] // rows.shape[0])
+            rows = _candidates(self, name, stored, within[name]).flatten(1)
+            kept = _largest(self, name, rows, counts[name] // rows.shape[0])
             masks[name] = BitMask.pack(kept.view(stored.shape))
         return masks
 
@@ -195,7 +199,7 @@ def _check_whole_weight(wanting: Type, name: str, size: Size) -> None:
         raise ValueError(
             f"{wanting}: {name!r} has {size.shape.numel() - size.entries} entries that are frozen "
             "by an update_mask or hidden by a mask, which a pattern cannot go around; leave it out "
-            "with select, or set the masks to None"
+            "with select, set the masks to None, or, if a pruner has pruned them, load its state"
         )
 
 
@@ -205,17 +209,24 @@ def _all(stored: Tensor, count: int, within: BitMask | None) -> BitMask | None:
     return within if within.count() == count else None
 
 
-def _candidates(name: str, stored: Tensor, within: BitMask | None) -> Tensor:
+def _candidates(wanting: Type, name: str, stored: Tensor, within: BitMask | None) -> Tensor:
     """|x|, and −1 where an entry may not be kept."""
     magnitude = stored.detach().abs()
     if within is not None:
         magnitude = magnitude.where(within.unpack(), -1)
     if bool(magnitude.isnan().any()):
-        raise ValueError(f"there is a NaN in the scores of {name!r}")
+        raise ValueError(f"{wanting}: there is a NaN in the scores of {name!r}")
     return magnitude
 
 
-def _largest(keys: Tensor, count: int) -> Tensor:
+def _largest(wanting: Type, name: str, keys: Tensor, count: int) -> Tensor:
     """Which ``count`` entries of each row are largest, the earlier of equal ones: bool [R, C]."""
+    fewest = int((keys >= 0).sum(1).min()) if keys.numel() else count
+    if fewest < count:
+        raise ValueError(
+            f"{wanting}: {count} of each {keys.shape[1]} entries of {name!r} are to be kept, and "
+            f"somewhere {fewest} are left, for it was pruned in another pattern; leave it out with "
+            "select"
+        )
     order = keys.argsort(dim=1, descending=True, stable=True)[:, :count]
     return torch.zeros_like(keys, dtype=torch.bool).scatter_(1, order, True)

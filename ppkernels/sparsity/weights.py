@@ -32,7 +32,9 @@ class Size(NamedTuple):
         shape: of the weight.
         entries: how many of its entries the pruner has pruned or may prune: all but those that an
             ``update_mask`` of the user's freezes or that ``mask`` hides from the network.
+        also: the names of further layers that share the weight.
     """
 
     shape: torch.Size
     entries: int
+    also: tuple[str, ...] = ()

@@ -132,3 +132,10 @@ def test_after_an_error_all_is_as_it_was(
 def test_a_model_is_wanted() -> None:
     with pytest.raises(TypeError, match=re.escape("must be a torch.nn.Module, got list")):
         reestimate_batch_norm([nn.BatchNorm2d(3)], batches())
+
+
+def test_a_lazy_norm_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d())
+    message = "reestimate_batch_norm: a LazyBatchNorm2d is lazy; run a batch through the model"
+    with pytest.raises(ValueError, match=message):
+        reestimate_batch_norm(model, [torch.randn(2, 3, 8, 8)])

@@ -143,7 +143,7 @@ def test_of_equal_weights_the_first_are_kept() -> None:
     [
         (None, ["0", "2"]),
         (["2"], ["2"]),
-        (iter(["2", "0"]), ["2", "0"]),
+        (iter(["2", "0"]), ["0", "2"]),
         (lambda name, layer: layer.out_features == 30, ["0"]),
     ],
     ids=["all", "names", "iterator", "function"],
@@ -578,7 +578,7 @@ def test_a_nan_is_refused_by_name(make_model: MakeModel, kind: str) -> None:
     with torch.no_grad():
         model[2].weight[3, 4] = torch.nan
     pruner = Pruner(model, OneShot(0.1))
-    with pytest.raises(ValueError, match="there is a NaN in tensors\\['2'\\]"):
+    with pytest.raises(ValueError, match=re.escape("Pruner: Magnitude().of('2') has a NaN")):
         pruner.prune()
     assert pruner.prunings == 0
     assert model[2].update_mask is None

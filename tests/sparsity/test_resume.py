@@ -217,7 +217,7 @@ def _words(state: dict[str, Any], name: str, words: Tensor) -> dict[str, Any]:
         ),
         (
             lambda state: {"steps": 3},
-            "Pruner.load_state_dict: the keys must be ['steps', 'prunings', 'kept', 'remembered']",
+            "Pruner.load_state_dict: the keys must be ['steps', 'prunings', 'is_late', 'kept'",
         ),
     ],
 )

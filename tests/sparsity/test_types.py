@@ -89,7 +89,7 @@ def test_n_of_m_on_the_way(n: int, m: int, share: float, seed: int) -> None:
     kept = {sum(group) for group in groups(mask, m)}
     assert len(kept) == 1
     (count,) = kept
-    assert share * m <= count + 1e-9
+    assert share * m <= count + 1e-5
     assert count < share * m + 1
 
 
@@ -149,7 +149,7 @@ def test_a_dense_layer_needs_no_multiple_of_m() -> None:
         (
             lambda: NofM(2, 4).check({"w": size((3, 8))}, {"w": 0.25}),
             ValueError,
-            "NofM(n=2, m=4): 'w' would keep 0.25, and the least is 0.5",
+            "NofM(n=2, m=4): 'w' would keep 0.25, and the least is 2/4",
         ),
         (
             lambda: NofM(2, 4).check({"w": size((3, 8), frozen=2)}, {"w": 0.5}),
