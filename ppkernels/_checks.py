@@ -105,9 +105,10 @@ def check_whole(
     """``number`` is a whole number, no bool, within bounds."""
     if not isinstance(number, Integral) or isinstance(number, bool):
         raise TypeError(f"{op}: {name} must be a whole number, got {number!r}")
-    if number < at_least:
+    value = int(number)
+    if value < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {number}")
-    if at_most is not None and number > at_most:
+    if at_most is not None and value > at_most:
         raise ValueError(f"{op}: {name} must be at most {at_most}, got {number}")
 
 

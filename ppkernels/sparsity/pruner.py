@@ -177,7 +177,7 @@ class Pruner:
 
         Raises:
             RuntimeError: a schedule that begins at step 0, before the first step, without a call of
-                `prune` there; see `prune` for all others. Nothing is changed then, nor counted.
+                `prune` there; see `prune` for all others. Nothing is pruned then, nor counted.
         """
         if self.prunings == 0 and self.schedule.is_due(0):
             raise RuntimeError(
@@ -211,7 +211,7 @@ class Pruner:
                 gradient that is not finite; what distribution or type do not take.
             TypeError: a score that gives back anything but a Weight for each weight.
             RuntimeError: a score of gradients where there are none; a weight that torch.nn.utils
-                has parametrized or pruned. Nothing is changed when an error is raised.
+                has parametrized or pruned. Nothing is pruned when an error is raised.
         """
         final = self.schedule.kept if kept is None else check_share("Pruner.prune", "kept", kept)
         self._restore()
@@ -238,15 +238,15 @@ class Pruner:
         self, sizes: Mapping[str, Size], kept: float | None, part: Callable[[float], float]
     ) -> Shares:
         """What ``part`` makes of the shares that the distribution gives in the end."""
-        shares = self.distribution.shares(sizes, kept)
+        shares, of = self.distribution.shares(sizes, kept), type(self.distribution).__name__
         if not isinstance(shares, dict):
-            return part(check_share(type(self.distribution).__name__, "shares", shares))
+            return part(check_share(of, "shares", shares))
         if shares.keys() != sizes.keys():
             raise ValueError(
                 f"Pruner: {self.distribution} must give a share for each of {list(sizes)}, got "
                 f"{list(shares)}"
             )
-        return {name: part(share) for name, share in shares.items()}
+        return {name: part(check_share(of, f"shares[{name!r}]", shares[name])) for name in sizes}
 
     # ---- rewinding
 

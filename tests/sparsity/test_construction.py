@@ -243,7 +243,13 @@ class Shares(Global):
 
 @pytest.mark.parametrize(
     ("given", "error"),
-    [({"0": 0.5}, ValueError), ({"0": 0.5, "2": 1, "z": 1}, ValueError), (2.0, ValueError)],
+    [
+        ({"0": 0.5}, ValueError),
+        ({"0": 0.5, "2": 1, "z": 1}, ValueError),
+        (2.0, ValueError),
+        ({"0": 1, "2": -0.1}, ValueError),
+        (None, TypeError),
+    ],
     ids=str,
 )
 def test_shares_of_other_layers(make_model: MakeModel, given: Any, error: type[Exception]) -> None:
