@@ -62,7 +62,7 @@ def reestimate_batch_norm(
     if not layers:
         return
     for layer in layers:
-        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[no-untyped-call]
+        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
             raise ValueError(
                 f"reestimate_batch_norm: a {type(layer).__name__} is lazy; run a batch through the "
                 "model first"
