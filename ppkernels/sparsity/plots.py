@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ppkernels.sparsity.seen import bin_edges
+from ppkernels.sparsity.seen import epsilon_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def alpha_history(history: Sequence[AlphaRecord], epsilon: float, path: str | Pa
             epochs, [100 * r.sparsity for r in records], "o", color=line.get_color(), markersize=4
         )
     above.set_ylabel("α")
-    below.set_ylabel(f"share of |θ| < {epsilon:g}, %")
+    below.set_ylabel(f"share of |θ| < {epsilon_text(epsilon)}, %")
     below.set_xlabel("epochs trained")
     below.xaxis.get_major_locator().set_params(integer=True)
     for axis in (above, below):
@@ -76,7 +76,7 @@ def _draw_histogram(axis: Axes, layer: LayerReport) -> None:
     found = layer.statistics
     alpha = "" if layer.alpha is None else f", α = {layer.alpha:.4g}"
     axis.set_title(f"{layer.name}: {layer.kind}{alpha}", fontsize="medium")
-    axis.stairs(found.histogram, bin_edges(found), fill=True, color="C0")
+    axis.stairs(found.histogram, found.edges, fill=True, color="C0")
     if layer.entries:
         axis.set_yscale("log")
         axis.set_ylim(bottom=0.7)
@@ -89,7 +89,7 @@ def _draw_shares(axis: Axes, report: Report) -> None:
     bars = {"kept": [layer.share_kept for layer in layers]}
     for epsilon in report.epsilons:
         shares = [layer.statistics.share_below(epsilon) for layer in layers]
-        bars[f"|θ| < {epsilon:g}"] = shares
+        bars[f"|θ| < {epsilon_text(epsilon)}"] = shares
     height = 0.8 / len(bars)
     for index, (label, shares) in enumerate(bars.items()):
         places = [row + (index - (len(bars) - 1) / 2) * height for row in range(len(layers))]

@@ -13,7 +13,8 @@ from ppkernels import _powered
 from ppkernels._shares import check_share
 from ppkernels.ops import BitMask
 from ppkernels.sparsity.distributions import Distribution, Global
-from ppkernels.sparsity.entries import Entries, Kept, Select, unwrapped
+from ppkernels.sparsity.entries import Entries, Kept
+from ppkernels.sparsity.layers import Select, check_model, unwrapped
 from ppkernels.sparsity.schedules import Schedule
 from ppkernels.sparsity.scores import Magnitude, Score
 from ppkernels.sparsity.types import Type, Unstructured
@@ -119,10 +120,7 @@ class Pruner:
         type: Type = Unstructured(),
         select: Select | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"Pruner: model must be a torch.nn.Module, got {model.__class__.__name__}"
-            )
+        check_model("Pruner", model)
         _check_choice("schedule", schedule, Schedule, "OneShot(0.05)")
         _check_choice("score", score, Score, "Magnitude()")
         _check_choice("distribution", distribution, Distribution, "Global()")

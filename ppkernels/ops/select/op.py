@@ -151,7 +151,11 @@ def _counts(many: Many, k: Any, share: Any, words: list[Tensor]) -> list[int]:
         wanted, totals, names = [asked], [sum(sizes)], ["all tensors together"]
         parts = [list(range(len(sizes)))]
     if k is None:
-        counts = [entries_of(each, total) for each, total in zip(wanted, totals, strict=True)]
+        labels = many.labels("share", asked) if many.is_spread(asked) else ["share"]
+        counts = [
+            entries_of(each, total, "topk_mask", label)
+            for each, total, label in zip(wanted, totals, labels, strict=True)
+        ]
     else:
         counts = [_count(each) for each in wanted]
     for count, name, part in zip(counts, names, parts, strict=True):
