@@ -101,7 +101,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `pp.report` found. ``str(report)`` is a table.
+    """What `pp.report` found. ``str(report)`` is a table of what matters most, `as_dict` has all.
 
     Attributes:
         layers: one `LayerReport` for each weight, in the model's order.
