@@ -70,7 +70,8 @@ class Entries:
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights by the name of their layer; one that several layers share comes once."""
         made = "layer with masks that it was when the pruner was made"
-        check_present("Pruner", made, self.model, self.layers, _powered.is_masked)
+        hint = " (and pp.fold a model when all is pruned)"
+        check_present("Pruner", made, self.model, self.layers, _powered.is_masked, hint)
         weights = {name: own_weight("Pruner", name, layer) for name, layer in self.layers.items()}
         first = {id(weight): name for name, weight in reversed(weights.items())}
         return {name: weights[name] for name in weights if first[id(weights[name])] == name}

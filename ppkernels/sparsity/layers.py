@@ -37,18 +37,19 @@ def check_present(
     model: nn.Module,
     layers: Mapping[str, nn.Module | MaskedLayer],
     is_kind: Callable[[object], bool],
+    hint: str = "",
 ) -> None:
     """``layers`` still stand in ``model`` under their names, and are what they were.
 
     Raises:
-        RuntimeError: a layer that was exchanged, folded or taken away; ``made`` says what it was.
+        RuntimeError: a layer that was exchanged, folded or taken away; ``made`` says what it was,
+            and ``hint`` what else can be done.
     """
     present = dict(model.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
         if present.get(name) is not layer or not is_kind(layer):
             raise RuntimeError(
-                f"{owner}: {shown(name, layer)!r} is no longer the {made}; make a new one (and "
-                "pp.fold a model when it needs none any more)"
+                f"{owner}: {shown(name, layer)!r} is no longer the {made}; make a new one{hint}"
             )
 
 

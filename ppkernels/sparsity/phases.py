@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels._checks import check_floating, check_number, check_whole, check_word
-from ppkernels._powered import Keep, PoweredLayer, alpha_of_stored, is_powered, powered_layers
+from ppkernels._powered import (
+    Keep,
+    PoweredLayer,
+    alpha_of_stored,
+    is_powered,
+    powered_layers,
+    powered_layers_of,
+)
 from ppkernels.ops import BitMask, power, rebase, statistics
 from ppkernels.sparsity.layers import Select, check_present, own_weight, shown
 
@@ -139,7 +146,12 @@ def layers_of(model: nn.Module, phases: Mapping[str, Phase]) -> dict[str, Powere
     }
     check_present("AdaptiveAlpha", made, model, paths, is_powered)
     for name, layer in layers.items():
-        own_weight("AdaptiveAlpha", name, layer)
+        weight = own_weight("AdaptiveAlpha", name, layer)
+        if len({other.stores for other in (layer, *powered_layers_of(weight))}) > 1:
+            raise ValueError(
+                f"AdaptiveAlpha: {name!r} stores {layer.stores} in a weight that another layer "
+                "shares and that is something else there; one weight cannot be both"
+            )
     return layers
 
 

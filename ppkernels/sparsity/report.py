@@ -136,6 +136,8 @@ class Report:
     def plot(self, path: str | Path) -> None:
         """Draw a histogram of each layer's θ, and the shares, to the file ``path``.
 
+        Of more than 24 layers the 24 largest are drawn.
+
         Raises:
             ImportError: there is no matplotlib.
             ValueError: the report was made with ``bins=0``.

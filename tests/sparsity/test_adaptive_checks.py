@@ -256,6 +256,17 @@ def test_an_overflow_is_refused_before_anything_changes(per_layer: bool, stores:
     )
 
 
+def test_layers_that_store_different_things_in_one_weight_are_refused() -> None:
+    first, second = net()[0], net("phi")[0]
+    model = nn.Sequential(net()[2], first)
+    adaptive = pp.AdaptiveAlpha(model, period=1, per_layer=True)
+    adaptive.step()
+    second.weight = first.weight
+    with pytest.raises(ValueError, match="'1' stores theta in a weight that another layer shares"):
+        adaptive.step()
+    assert model[0].alpha.item() == 1.25
+
+
 def test_an_exponent_above_the_bound_is_an_error() -> None:
     model = net()
     adaptive = pp.AdaptiveAlpha(model, period=1)
