@@ -106,15 +106,11 @@ bool has_nan_within(const U* x, int64_t n, const uint8_t* within, U inf) {
   return false;
 }
 
-// The largest magnitude of each lane's elements, which says whether there is a NaN at all.
-template <class V, class U>
-PPKERNELS_INLINE V larger(V largest, const U* p) {
-  const V magnitude = lanes_of((U)(U(-1) >> 1));
-  for (int i = 0; i < kWord; i += (int)(sizeof(V) / sizeof(U))) {
-    const V x = load_bits<V>(p + i) & magnitude;
-    largest = x > largest ? x : largest;
-  }
-  return largest;
+// Asks for the memory a page ahead of the 64 elements at p. Measured: ops/select/README.md.
+template <class U>
+PPKERNELS_INLINE void fetch_ahead(const U* p) {
+  const uintptr_t ahead = (uintptr_t)p + 4096;
+  for (unsigned k = 0; k < kWord * sizeof(U); k += 64) __builtin_prefetch((const void*)(ahead + k));
 }
 
 template <class T>
@@ -122,19 +118,19 @@ SelectCounts sweep_as(const T* elements, int64_t n, const uint8_t* within, const
                       const SelectBounds& bounds, uint8_t* words, uint32_t* indices,
                       uint64_t* keys) {
   typedef typename BitsOf<T>::U U;
-  constexpr U kInf = BitsOf<T>::kInf;
   const U* x = (const U*)elements;
   const U low = (U)bounds.low, after_low = (U)bounds.after_low;
   const U high = (U)bounds.high, after_high = (U)bounds.after_high;
-  auto largest = lanes_of(U(0));
+  NanWatch<T> watch;
   T between[kSelectChunk];
   SelectCounts counts = {0, 0, 0, 0, false};
   for (int64_t i = 0; i < n; i += kWord) {
     const Block<U> block(x, i, n);
+    fetch_ahead(x + i);
     const uint64_t there = present(within, i, block.count);
     const uint64_t from_low = bits_at_least(block.p, low) & there;
     const uint64_t above = bits_at_least(block.p, after_high) & there;
-    largest = larger(largest, block.p);
+    watch.see(block.p);
     counts.above += __builtin_popcountll(above);
     uint64_t kept = above;
     if (from_low != above) {
@@ -151,9 +147,8 @@ SelectCounts sweep_as(const T* elements, int64_t n, const uint8_t* within, const
     set_word(words, i, block.count, kept);
   }
   keys_of(between, counts.between, ranking, keys);
-  if (bits_below(lanes_of(kInf), largest) != 0) {
-    counts.has_nan = within == nullptr || has_nan_within(x, n, within, kInf);
-  }
+  counts.has_nan =
+      watch.has_seen() && (within == nullptr || has_nan_within(x, n, within, BitsOf<T>::kInf));
   return counts;
 }
 

@@ -188,6 +188,46 @@ struct Scratch {
   std::vector<uint64_t> elements = std::vector<uint64_t>(kSelectChunk);
 };
 
+// Gathers elements from all over a tensor: each costs a trip to memory, so that a batch of trips is
+// begun before the first one's end is waited for.
+class SampleReader {
+ public:
+  // Keys go to keys[found], and `found` counts them, in several threads.
+  SampleReader(const SelectKernels& kernels, uint64_t* keys, std::atomic<int64_t>& found)
+      : kernels_(kernels), keys_(keys), found_(found) {}
+
+  void add(const Source& source, int64_t i) {
+    if (&source != source_ || count_ == kBatch) {
+      flush();
+      source_ = &source;
+    }
+    const uint8_t* within = source.tensor.within;
+    if (within != nullptr && !bit(within, i)) return;
+    places_[count_] = source.elements.at(i);
+    __builtin_prefetch(places_[count_++]);
+  }
+
+  void flush() {
+    if (count_ == 0) return;
+    const auto bytes = (size_t)element_bytes(source_->tensor.type);
+    char elements[8 * kBatch];
+    for (int k = 0; k < count_; ++k) std::memcpy(elements + k * bytes, places_[k], bytes);
+    kernels_.keys(source_->tensor.type, elements, count_, source_->ranking,
+                  keys_ + found_.fetch_add(count_));
+    count_ = 0;
+  }
+
+ private:
+  static constexpr int kBatch = 128;
+
+  const SelectKernels& kernels_;
+  uint64_t* keys_;
+  std::atomic<int64_t>& found_;
+  const Source* source_ = nullptr;
+  const char* places_[kBatch];
+  int count_ = 0;
+};
+
 // ---- the search
 
 constexpr int kBins = 4096;
@@ -318,11 +358,10 @@ class Search {
     return x ^ (x >> 31);
   }
 
-  // One element of each stretch of `stride`, somewhere in it.
+  // The keys of one element of each stretch of `stride`, somewhere in it, in no order.
   std::vector<uint64_t> sampled_keys(const Selection& s) {
     const auto side = (int64_t)std::cbrt((double)s.entries);
     const int64_t size = side * side, stride = s.entries / size;
-    constexpr uint64_t kAbsent = ~uint64_t(0);
     std::vector<int64_t> starts;
     int64_t start = 0;
     for (size_t i = s.first_source; i < s.last_source; ++i) {
@@ -330,20 +369,19 @@ class Search {
       start += sources_[i].elements.count();
     }
     std::vector<uint64_t> keys((size_t)size);
+    std::atomic<int64_t> found{0};
     parallel_for_(size, kSelectChunk, [&](int64_t begin, int64_t end) {
+      SampleReader reader(kernels_, keys.data(), found);
+      size_t k = std::upper_bound(starts.begin(), starts.end(), begin * stride) - starts.begin() - 1;
       for (int64_t j = begin; j < end; ++j) {
-        const int64_t i = j * stride + (int64_t)(scattered((uint64_t)j + 1) % (uint64_t)stride);
-        const size_t k = std::upper_bound(starts.begin(), starts.end(), i) - starts.begin() - 1;
-        const Source& source = sources_[s.first_source + k];
-        const uint8_t* within = source.tensor.within;
-        const int64_t own = i - starts[k];
-        keys[(size_t)j] = kAbsent;
-        if (within != nullptr && !bit(within, own)) continue;
-        kernels_.keys(source.tensor.type, source.elements.at(own), 1, source.ranking,
-                      &keys[(size_t)j]);
+        const uint64_t place = (scattered((uint64_t)j + 1) >> 32) * (uint64_t)stride >> 32;
+        const int64_t i = j * stride + (int64_t)place;
+        while (k + 1 < starts.size() && starts[k + 1] <= i) ++k;
+        reader.add(sources_[s.first_source + k], i - starts[k]);
       }
+      reader.flush();
     });
-    keys.erase(std::remove(keys.begin(), keys.end(), kAbsent), keys.end());
+    keys.resize((size_t)found);
     return keys;
   }
 
@@ -440,10 +478,12 @@ class Search {
       if (found.between == 0) return;
       s.listed += found.between;
       if (!s.has_all_listed()) return;
-      for (int64_t k = 0; k < found.between; ++k) {
-        part.indices.push_back(scratch.indices[(size_t)k] + (uint32_t)(begin - part.begin));
+      const size_t listed = part.keys.size(), more = (size_t)found.between;
+      part.indices.resize(listed + more);
+      for (size_t k = 0; k < more; ++k) {
+        part.indices[listed + k] = scratch.indices[k] + (uint32_t)(begin - part.begin);
       }
-      part.keys.insert(part.keys.end(), scratch.keys.begin(), scratch.keys.begin() + found.between);
+      part.keys.insert(part.keys.end(), scratch.keys.data(), scratch.keys.data() + more);
     });
   }
 

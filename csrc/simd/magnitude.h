@@ -36,7 +36,7 @@ inline i16w lanes_of(uint16_t x) { return i16w{} + (int16_t)x; }
 inline i32v lanes_of(uint32_t x) { return i32v{} + (int32_t)x; }
 inline i64v lanes_of(uint64_t x) { return i64v{} + (int64_t)x; }
 
-// A bit for each lane, the first lane's the lowest: whether x < y there.
+// A bit for each lane, the first lane's the lowest: whether x < y there. Both must be magnitudes.
 inline uint64_t bits_below(i32v x, i32v y) {
 #if defined(__AVX512F__)
   return _mm512_cmplt_epi32_mask((__m512i)x, (__m512i)y);
@@ -57,7 +57,8 @@ inline uint64_t bits_below(i64v x, i64v y) {
 #elif defined(__AVX2__)
   return (uint32_t)_mm256_movemask_pd((__m256d)(x < y));
 #elif defined(__SSE2__)
-  return (uint32_t)_mm_movemask_pd((__m128d)(x < y));
+  // There is no comparison of these; but a difference of magnitudes cannot overflow.
+  return (uint32_t)_mm_movemask_pd((__m128d)(x - y));
 #else
   uint64_t word = 0;
   for (int i = 0; i < kLanes / 2; ++i) word |= (uint64_t)(x[i] < y[i]) << i;
@@ -98,5 +99,30 @@ PPKERNELS_INLINE uint64_t bits_at_least(const U* p, U least) {
   }
   return ~below;
 }
+
+// Remembers whether one of the magnitudes that it has seen belongs to a NaN.
+template <class T>
+class NanWatch {
+ public:
+  typedef typename BitsOf<T>::U U;
+
+  PPKERNELS_INLINE void see(const U* p) {
+    const V magnitude = lanes_of((U)(U(-1) >> 1)), inf = lanes_of(BitsOf<T>::kInf);
+    for (int i = 0; i < kWord; i += (int)(sizeof(V) / sizeof(U))) {
+      differences_ |= inf - (load_bits<V>(p + i) & magnitude);
+    }
+  }
+  // Negative is what is above infinity.
+  bool has_seen() const {
+    for (unsigned i = 0; i < sizeof(V) / sizeof(U); ++i) {
+      if (differences_[i] < 0) return true;
+    }
+    return false;
+  }
+
+ private:
+  typedef decltype(lanes_of(U(0))) V;
+  V differences_ = {};
+};
 
 }  // namespace ppkernels::PPKERNELS_ISA
