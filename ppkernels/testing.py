@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ppkernels import ops, reference
 from ppkernels.testing_products import PRODUCTS, check_product
+from ppkernels.testing_selection import SELECTIONS, check_selections
 from ppkernels.testing_steps import TUNED_FOR, check_steps
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -410,7 +411,7 @@ def check_values(op: str, device: str = "cpu", dtypes: tuple[torch.dtype, ...] =
     Takes less than two seconds on a CPU, so that a benchmark can call it before it times an op.
 
     Args:
-        op: a name in `SAMPLES`, one of `STEPS`, or one of `PRODUCTS`.
+        op: a name in `SAMPLES`, or one of `STEPS`, `PRODUCTS` or `SELECTIONS`.
         device: where the op runs; on a GPU, for the exponents that its kernels are tuned for.
         dtypes: the dtypes to go through.
 
@@ -420,6 +421,8 @@ def check_values(op: str, device: str = "cpu", dtypes: tuple[torch.dtype, ...] =
         return check_steps(op, device, dtypes)
     if op in PRODUCTS:
         return check_product(op, device, dtypes)
+    if op in SELECTIONS:
+        return check_selections(op, device, dtypes)
     row = SAMPLES[op]
     for dtype in dtypes:
         for sample in row.samples(dtype, device):

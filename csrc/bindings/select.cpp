@@ -61,7 +61,6 @@ void check_counts(const std::vector<int64_t>& counts, const std::vector<SelectTe
 
 Tensor topk_bits(Tensors words, Tensors tensors, std::vector<int64_t> counts,
                  std::vector<double> alphas, Tensors within) {
-  require(!tensors.empty(), kOp, ": there must be a tensor");
   check_length("words", words.size(), tensors.size());
   check_length("alphas", alphas.size(), tensors.size());
   if (!within.empty()) check_length("within", within.size(), tensors.size());

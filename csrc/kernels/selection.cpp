@@ -1,4 +1,5 @@
-// Longer than 350 lines: the search is one algorithm, and its steps are read together.
+// The search of selection.h. Compiled once, unlike the passes that it makes.
+// Longer than 350 lines: it is one algorithm, and its steps are read together.
 #include "kernels/selection.h"
 
 #include <algorithm>
@@ -7,6 +8,8 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+
+#include "kernels/elements.h"
 
 namespace ppkernels {
 namespace {
@@ -23,8 +26,8 @@ namespace {
 // ones.
 //
 // Should the sample have misled, the counts say so: the k-th largest lies outside of low and high,
-// or too many lie between. Then histograms of keys, each in a pass of its own, narrow the range, and
-// the pass is made again. So the sample decides about time, never about the result.
+// or too many lie between. Then histograms of keys, each in a pass of its own, narrow the range,
+// and the pass is made again. So the sample decides about time, never about the result.
 
 // Below this many candidates a sample costs more than it saves: all of them are listed.
 constexpr int64_t kSmall = 2048;
@@ -39,111 +42,15 @@ constexpr int64_t kGrain = int64_t(1) << 15;
 // How many elements may be listed for a count of `entries`.
 int64_t budget(int64_t entries) { return 4096 + entries / 16; }
 
-int64_t element_bytes(Type type) {
-  switch (type) {
-    case Type::kFloat32:
-      return 4;
-    case Type::kFloat64:
-      return 8;
-    case Type::kBFloat16:
-    case Type::kFloat16:
-      return 2;
-  }
-  return 0;
-}
-
 bool bit(const uint8_t* words, int64_t i) { return (words[i >> 3] >> (i & 7)) & 1; }
 void set_bit(uint8_t* words, int64_t i) { words[i >> 3] |= uint8_t(1u << (i & 7)); }
 void clear_bit(uint8_t* words, int64_t i) { words[i >> 3] &= uint8_t(~(1u << (i & 7))); }
 
-// The bits of ∞ in an element type; those of NaN are larger.
-uint64_t infinity(Type type) {
-  switch (type) {
-    case Type::kFloat32:
-      return 0x7f800000u;
-    case Type::kFloat64:
-      return 0x7ff0000000000000u;
-    case Type::kBFloat16:
-      return 0x7f80u;
-    case Type::kFloat16:
-      return 0x7c00u;
-  }
-  return 0;
-}
-
-// ---- elements in row-major order
-
-// A tensor's elements, whatever its strides; where they are not in order they are copied, a chunk
-// at a time.
-class Elements {
- public:
-  explicit Elements(const SelectTensor& t)
-      : data_((const char*)t.data), bytes_(element_bytes(t.type)) {
-    for (int d = 0; d < t.dims; ++d) {
-      count_ *= t.shape[d];
-      if (t.shape[d] == 1) continue;
-      if (!dims_.empty() && dims_.back().stride == t.strides[d] * t.shape[d]) {
-        dims_.back() = {dims_.back().size * t.shape[d], t.strides[d]};
-      } else {
-        dims_.push_back({t.shape[d], t.strides[d]});
-      }
-    }
-    in_order_ = dims_.empty() || (dims_.size() == 1 && dims_[0].stride == 1);
-  }
-
-  int64_t count() const { return count_; }
-
-  // Element i, as bytes.
-  const char* at(int64_t i) const {
-    if (in_order_) return data_ + i * bytes_;
-    int64_t offset = 0;
-    for (size_t d = dims_.size(); d-- > 0;) {
-      offset += i % dims_[d].size * dims_[d].stride;
-      i /= dims_[d].size;
-    }
-    return data_ + offset * bytes_;
-  }
-
-  // The elements begin ... end − 1: in place, or in `buffer`.
-  const void* chunk(int64_t begin, int64_t end, void* buffer) const {
-    if (in_order_) return at(begin);
-    if (bytes_ == 8) {
-      copy((uint64_t*)buffer, begin, end);
-    } else if (bytes_ == 4) {
-      copy((uint32_t*)buffer, begin, end);
-    } else {
-      copy((uint16_t*)buffer, begin, end);
-    }
-    return buffer;
-  }
-
- private:
-  struct Dim {
-    int64_t size, stride;
-  };
-
-  template <class U>
-  void copy(U* out, int64_t begin, int64_t end) const {
-    const int64_t size = dims_.back().size, step = dims_.back().stride * bytes_;
-    while (begin < end) {
-      const char* from = at(begin);
-      const int64_t run = std::min(size - begin % size, end - begin);
-      for (int64_t k = 0; k < run; ++k) std::memcpy(out + k, from + k * step, sizeof(U));
-      begin += run;
-      out += run;
-    }
-  }
-
-  const char* data_;
-  int64_t bytes_, count_ = 1;
-  std::vector<Dim> dims_;
-  bool in_order_;
-};
-
 // ---- one tensor, a part of it, and a selection over some
 
 struct Source {
-  explicit Source(const SelectTensor& t) : tensor(t), elements(t) {}
+  explicit Source(const SelectTensor& t)
+      : tensor(t), elements(t.type, t.data, t.dims, t.shape, t.strides) {}
 
   const SelectTensor& tensor;
   Elements elements;
@@ -372,7 +279,8 @@ class Search {
     std::atomic<int64_t> found{0};
     parallel_for_(size, kSelectChunk, [&](int64_t begin, int64_t end) {
       SampleReader reader(kernels_, keys.data(), found);
-      size_t k = std::upper_bound(starts.begin(), starts.end(), begin * stride) - starts.begin() - 1;
+      size_t k =
+          std::upper_bound(starts.begin(), starts.end(), begin * stride) - starts.begin() - 1;
       for (int64_t j = begin; j < end; ++j) {
         const uint64_t place = (scattered((uint64_t)j + 1) >> 32) * (uint64_t)stride >> 32;
         const int64_t i = j * stride + (int64_t)place;
@@ -414,7 +322,9 @@ class Search {
         const auto half = (uint16_t)bits[k];
         const auto single = (uint32_t)bits[k];
         const int64_t bytes = element_bytes(type);
-        const void* from = bytes == 8 ? (void*)&bits[k] : bytes == 4 ? (void*)&single : (void*)&half;
+        const void* from = bytes == 8   ? (void*)&bits[k]
+                           : bytes == 4 ? (void*)&single
+                                        : (void*)&half;
         std::memcpy(probes + k * bytes, from, (size_t)bytes);
       }
       kernels_.keys(type, probes, kProbes, source.ranking, keys);

@@ -1,7 +1,8 @@
-// The selection: its passes against loops that take one element at a time, and the whole of it
-// against a sort. Buffers are heap blocks of exactly the size in use, so that the address sanitizer
-// sees any step outside.
-// Longer than 350 lines: the passes and the search share their values, types and oracle.
+// The selection: its passes against loops that take one element at a time, the whole against a
+// sort. Longer than 350 lines: passes and search share values and types.
+//
+// Buffers are heap blocks of exactly the size in use, so that the address sanitizer sees any step
+// outside.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -43,9 +44,7 @@ Words random_words(int64_t n, uint32_t share_of_eight, uint64_t seed) {
 
 const Type kTypes[] = {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16};
 
-int64_t bytes_of(Type type) {
-  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
-}
+int64_t bytes_of(Type type) { return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2; }
 
 // A tensor's memory, with one element written and read at a time.
 struct Memory {
