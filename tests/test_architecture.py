@@ -27,7 +27,9 @@ SHARED_BY_KERNELS = (
     "ppkernels.ops._tile",
 )
 POWER_GPU = "ppkernels.ops.power.gpu"
-TESTING = tuple(f"ppkernels.testing_{part}" for part in ("products", "statistics", "steps"))
+TESTING = tuple(
+    f"ppkernels.testing_{part}" for part in ("products", "selection", "statistics", "steps")
+)
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
 # Files of the package, and what they may import besides the standard library; the first row that
@@ -45,6 +47,7 @@ IMPORTS = [
     ("reference.py", ["ppkernels.ops.*"]),
     ("testing.py", ["torch.*", "mpmath", "ppkernels", *TESTING]),
     ("testing_products.py", ["torch.*", "ppkernels"]),
+    ("testing_selection.py", ["torch.*", "mpmath", "ppkernels"]),
     ("testing_statistics.py", ["torch.*", "ppkernels"]),
     ("testing_steps.py", ["torch.*", "mpmath", "ppkernels"]),
     ("ops/__init__.py", ["ppkernels.ops.*"]),

@@ -10,7 +10,7 @@ import torch._dynamo
 from torch import Tensor
 
 import ppkernels as pp
-from ppkernels.testing import DTYPES, PRODUCTS, SAMPLES, STATISTICS, STEPS, check_values
+from ppkernels.testing import DTYPES, PRODUCTS, SAMPLES, SELECTIONS, STATISTICS, STEPS, check_values
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 
 
 @each_dtype
-@pytest.mark.parametrize("op", [*SAMPLES, *STEPS, *PRODUCTS, *STATISTICS])
+@pytest.mark.parametrize("op", [*SAMPLES, *STEPS, *PRODUCTS, *SELECTIONS, *STATISTICS])
 def test_values(op: str, dtype: torch.dtype) -> None:
     check_values(op, "cuda", (dtype,))
 
