@@ -24,6 +24,7 @@ SHARED_BY_KERNELS = (
     LAYOUT,
     "ppkernels.ops._device",
     "ppkernels.ops._point",
+    "ppkernels.ops._table",
     "ppkernels.ops._tile",
 )
 POWER_GPU = "ppkernels.ops.power.gpu"
@@ -55,6 +56,7 @@ IMPORTS = [
     ("ops/_device.py", ["torch.*"]),
     ("ops/_layout.py", ["torch.*"]),
     ("ops/_point.py", ["triton.*"]),
+    ("ops/_table.py", ["triton.*"]),
     ("ops/_tile.py", ["triton.*"]),
     ("ops/*/__init__.py", ["{room}.*"]),
     # A power and a product: the one room that is built on another.
@@ -70,6 +72,9 @@ IMPORTS = [
     # θ as `power` makes it.
     ("ops/statistics/reference.py", ["torch.*", BITS, "ppkernels.ops.power.reference"]),
     ("ops/statistics/result.py", []),
+    ("ops/statistics/gpu.py", ["torch.*", "triton.*", *SHARED_BY_KERNELS, POWER_GPU]),
+    ("ops/select/keys.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
+    ("ops/select/kernels.py", ["triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),
