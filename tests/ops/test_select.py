@@ -1,4 +1,5 @@
 """`topk_mask`: forms, ties, special values, layouts, threads, the rules on shares, errors."""
+# Longer than 350 lines: one table of cases for each of the many forms that a call may take.
 
 from __future__ import annotations
 
