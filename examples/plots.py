@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 
@@ -14,11 +15,28 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+
+class Layer(Protocol):
+    """What `against_depth` asks of a layer."""
+
+    mean: float
+    mean_abs: float
+
+
+class Epoch(Protocol):
+    """What `over_epochs` asks of an epoch."""
+
+    small: float
+    alpha: float
+    kept: float
+
+
 # {what it is called: {layer: θ as one row of numbers}}
 Weights = Mapping[str, Mapping[str, np.ndarray]]
 
 BINS = 81
 MOST_TICKS = 12  # that have room beside each other
+MOST_COLUMNS = 6  # of layers; more begin a new line
 ONE_SHOT = "One-shot pruning by magnitude, no training afterwards"
 
 
@@ -35,23 +53,32 @@ def theta_histograms(weights: Weights, path: Path, highlight: Collection[str] = 
     """
     layers = list(next(iter(weights.values())))
     shades = colours(weights, highlight)
+    columns = min(len(layers), MOST_COLUMNS)
+    bands = -(-len(layers) // columns)
     figure, axes = plt.subplots(
-        2, len(layers), figsize=(1.2 + 4.4 * len(layers), 6.8), squeeze=False
+        2 * bands, columns, figsize=(1.2 + 4.4 * columns, 0.4 + 6.4 * bands), squeeze=False
     )
-    for column, layer in enumerate(layers):
-        rows = {network: by_layer[layer] for network, by_layer in weights.items()}
-        _draw_theta(axes[0, column], rows, shades)
-        _draw_magnitude(axes[1, column], rows, shades)
-        axes[0, column].set_title(f"{layer}: {next(iter(rows.values())).size:,} weights")
-    axes[0, 0].set_ylabel("weights per bin")
-    axes[1, 0].set_ylabel("weights per bin")
+    for place in range(bands * columns):
+        band, column = divmod(place, columns)
+        above, below = axes[2 * band : 2 * band + 2, column]
+        if place >= len(layers):
+            above.axis("off")
+            below.axis("off")
+            continue
+        rows = {network: by_layer[layers[place]] for network, by_layer in weights.items()}
+        _draw_theta(above, rows, shades)
+        _draw_magnitude(below, rows, shades)
+        above.set_title(f"{layers[place]}: {next(iter(rows.values())).size:,} weights")
+        if column == 0:
+            above.set_ylabel("weights per bin")
+            below.set_ylabel("weights per bin")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     # What is left of the width: six names of a legend need two layers' columns.
     figure.legend(
         handles,
         labels,
         loc="outside upper center",
-        ncols=min(len(labels), 2 * len(layers)),
+        ncols=min(len(labels), 2 * columns),
         frameon=False,
     )
     save(figure, path)
@@ -83,13 +110,7 @@ def accuracy_against_kept(
     percents = 100 * np.asarray(kept)
     shades = colours(curves, highlight)
     for label, accuracies in curves.items():
-        mean = 100 * accuracies.mean(axis=0)
-        axis.plot(percents, mean, "o-", color=shades[label], markersize=4, label=label)
-        if len(accuracies) > 1:
-            spread = 100 * accuracies.std(axis=0, ddof=1)
-            axis.fill_between(
-                percents, mean - spread, mean + spread, color=shades[label], alpha=0.15
-            )
+        _draw_with_band(axis, percents, 100 * accuracies, shades[label], label)
     axis.set_xscale("log")
     ticks = percents if len(percents) <= MOST_TICKS else [1, 2, 3, 5, 10, 20, 30, 50, 100]
     axis.set_xticks(ticks, [f"{percent:g}" for percent in ticks])
@@ -99,6 +120,79 @@ def accuracy_against_kept(
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     axis.set_title(title)
+    save(figure, path)
+
+
+def against_depth(
+    networks: Mapping[str, Sequence[Sequence[Layer]]], names: Sequence[str], path: Path
+) -> None:
+    """Mean θ and mean |θ| of each layer, from the first to the last, to the file ``path``.
+
+    Args:
+        networks: for each kind of network the layers of each seed, in the order of ``names``;
+            several seeds get a band of ±1 standard deviation.
+        names: of the layers.
+        path: where the PNG goes.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(max(10, 0.9 * len(names)), 4.8))
+    for label, colour in colours(networks).items():
+        for axis, values in (
+            (left, [[layer.mean for layer in layers] for layers in networks[label]]),
+            (right, [[layer.mean_abs for layer in layers] for layers in networks[label]]),
+        ):
+            _draw_with_band(axis, range(len(names)), np.array(values), colour, label)
+    left.axhline(0, color="0.5", linestyle=":", linewidth=1)
+    left.set_ylabel("mean θ")
+    right.set_ylabel("mean |θ|")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.set_xticks(range(len(names)), names, rotation=90 if len(names) > 8 else 0)
+        axis.set_xlabel("layer, from the image to the output")
+        axis.grid(alpha=0.3)
+    right.legend()
+    save(figure, path)
+
+
+def over_epochs(
+    networks: Mapping[str, Sequence[Sequence[Epoch]]], epsilon: float, path: Path
+) -> None:
+    """The share of small weights after each epoch, and what may change it, to the file ``path``.
+
+    That is α, where it changed, and the share of weights left, where some were pruned.
+
+    Args:
+        networks: for each kind of network the epochs of each seed; several seeds get a band of ±1
+            standard deviation.
+        epsilon: below which |θ| counts as small.
+        path: where the PNG goes.
+    """
+    rows = {
+        "small": f"share of |θ| < {epsilon:g}, %",
+        "alpha": "α",
+        "kept": "share of weights kept, %",
+    }
+    every = {
+        name: {
+            label: np.array([[getattr(epoch, name) for epoch in epochs] for epochs in seeds])
+            for label, seeds in networks.items()
+        }
+        for name in rows
+    }
+    changing = ["small"] + [
+        name for name in ("alpha", "kept") if any(np.ptp(v) > 0 for v in every[name].values())
+    ]
+    figure, axes = plt.subplots(
+        len(changing), 1, figsize=(7.2, 1.6 + 3 * len(changing)), sharex=True, squeeze=False
+    )
+    for axis, name in zip(axes[:, 0], changing, strict=True):
+        for label, colour in colours(networks).items():
+            values = every[name][label] * (1 if name == "alpha" else 100)
+            _draw_with_band(axis, range(1, values.shape[1] + 1), values, colour, label)
+        axis.set_ylabel(rows[name])
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("epoch")
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].legend()
     save(figure, path)
 
 
@@ -144,6 +238,17 @@ def _draw_magnitude(
         axis.axvline(threshold, color="0.5", linestyle=":", linewidth=1)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda power, _: f"$10^{{{power:.0f}}}$"))
     axis.set_xlabel("|θ| (smaller ones counted at the left edge)")
+
+
+def _draw_with_band(
+    axis: Axes, x: Sequence[float] | np.ndarray, values: np.ndarray, colour: object, label: str
+) -> None:
+    """The mean of ``values`` [seeds, len(x)], and where they are several ±1 deviation."""
+    mean = values.mean(axis=0)
+    axis.plot(x, mean, "o-", color=colour, markersize=4, label=label)
+    if len(values) > 1:
+        spread = values.std(axis=0, ddof=1)
+        axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15)
 
 
 def _draw(axis: Axes, values: np.ndarray, bins: np.ndarray, colour: object, label: str) -> None:
