@@ -76,7 +76,7 @@ IMPORTS = [
     ("nn/*.py", [*USES_OPS, "ppkernels.autograd"]),
     ("optim/*.py", [*USES_OPS]),
     ("sparsity/plots.py", ["matplotlib.*", "{room}.*"]),
-    ("sparsity/*.py", [*USES_OPS, "ppkernels.nn"]),
+    ("sparsity/*.py", [*USES_OPS, "ppkernels.nn", "ppkernels._shares"]),
 ]
 PYTHON_FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
