@@ -194,8 +194,11 @@ def _draw_pruning(runs: Sequence[Run], kept: Sequence[float], tested_on: str, pa
         title = "Pruned by magnitude while they trained"
         plots.accuracy_against_kept(kept, gradual, tested_on, path, title=title)
         return
-    one_shot, again = (curves(runs, method, kept) for method in (ONE_SHOT, REESTIMATED))
-    renewed = {f"{alpha}, {REESTIMATED}": rows for alpha, rows in again.items()}
     plots.accuracy_against_kept(
-        [1.0, *kept], {**one_shot, **renewed}, tested_on, path, highlight=list(renewed)
+        [1.0, *kept],
+        curves(runs, ONE_SHOT, kept),
+        tested_on,
+        path,
+        dashed=curves(runs, REESTIMATED, kept),
+        dashed_as=REESTIMATED,
     )

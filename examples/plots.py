@@ -93,6 +93,8 @@ def accuracy_against_kept(
     largest_of: str = "the whole network",
     title: str = ONE_SHOT,
     highlight: Collection[str] = (),
+    dashed: Mapping[str, np.ndarray] | None = None,
+    dashed_as: str = "",
 ) -> None:
     """Test accuracy against the share of weights that pruning keeps, to the file ``path``.
 
@@ -105,12 +107,17 @@ def accuracy_against_kept(
         largest_of: of what pruning keeps the largest |θ|, for the axis.
         title: how the networks were pruned.
         highlight: the networks that stand out in red.
+        dashed: for some of the networks other accuracies, which get dashed lines of their colour.
+        dashed_as: what was done to the networks of the dashed lines.
     """
     figure, axis = plt.subplots(figsize=(7.2, 4.8))
     percents = 100 * np.asarray(kept)
     shades = colours(curves, highlight)
     for label, accuracies in curves.items():
         _draw_with_band(axis, percents, 100 * accuracies, shades[label], label)
+    for label, accuracies in (dashed or {}).items():
+        name = f"{label}, {dashed_as}"
+        _draw_with_band(axis, percents, 100 * accuracies, shades[label], name, "s--")
     axis.set_xscale("log")
     ticks = percents if len(percents) <= MOST_TICKS else [1, 2, 3, 5, 10, 20, 30, 50, 100]
     axis.set_xticks(ticks, [f"{percent:g}" for percent in ticks])
@@ -241,11 +248,16 @@ def _draw_magnitude(
 
 
 def _draw_with_band(
-    axis: Axes, x: Sequence[float] | np.ndarray, values: np.ndarray, colour: object, label: str
+    axis: Axes,
+    x: Sequence[float] | np.ndarray,
+    values: np.ndarray,
+    colour: object,
+    label: str,
+    style: str = "o-",
 ) -> None:
     """The mean of ``values`` [seeds, len(x)], and where they are several ±1 deviation."""
     mean = values.mean(axis=0)
-    axis.plot(x, mean, "o-", color=colour, markersize=4, label=label)
+    axis.plot(x, mean, style, color=colour, markersize=4, label=label)
     if len(values) > 1:
         spread = values.std(axis=0, ddof=1)
         axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15)
