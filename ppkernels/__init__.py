@@ -1,7 +1,7 @@
 """ppkernels: fused kernels, layers and optimizers for Powerpropagation, θ = φ·|φ|^(α−1)."""
 
 from ppkernels import _extension as _extension  # loads the kernels before any op is called
-from ppkernels import autograd, nn, ops, optim, reference
+from ppkernels import autograd, nn, ops, optim, reference, sparsity
 from ppkernels._backend import backend
 from ppkernels._extension import cpu_capability
 from ppkernels.nn import fold, powerize, set_alpha
@@ -54,6 +54,7 @@ __all__ = [
     "reference",
     "set_alpha",
     "sgd_step_",
+    "sparsity",
     "statistics",
     "topk_mask",
     "unpack_bits",

@@ -1,0 +1,38 @@
+"""Pruning: four choices that do not know each other, and a `Pruner` that knows when."""
+
+from ppkernels._shares import entries_of
+from ppkernels.sparsity.distributions import ERK, Distribution, Global, PerLayer, Uniform
+from ppkernels.sparsity.pruner import Kept, Pruner
+from ppkernels.sparsity.schedules import Cosine, Cubic, Iterative, OneShot, Schedule
+from ppkernels.sparsity.scores import Gradient, Magnitude, Random, Score, Sensitivity
+from ppkernels.sparsity.types import ConstantFanIn, NofM, Type, Unstructured
+from ppkernels.sparsity.weights import Counts, Shares, Size, Weight
+
+__all__ = [
+    "ERK",
+    "ConstantFanIn",
+    "Cosine",
+    "Counts",
+    "Cubic",
+    "Distribution",
+    "Global",
+    "Gradient",
+    "Iterative",
+    "Kept",
+    "Magnitude",
+    "NofM",
+    "OneShot",
+    "PerLayer",
+    "Pruner",
+    "Random",
+    "Schedule",
+    "Score",
+    "Sensitivity",
+    "Shares",
+    "Size",
+    "Type",
+    "Uniform",
+    "Unstructured",
+    "Weight",
+    "entries_of",
+]
