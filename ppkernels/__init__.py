@@ -25,10 +25,13 @@ from ppkernels.ops import (
     topk_mask,
     unpack_bits,
 )
+from ppkernels.sparsity import AdaptiveAlpha, AlphaRecord
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveAlpha",
+    "AlphaRecord",
     "BitMask",
     "Statistics",
     "adam_step_",

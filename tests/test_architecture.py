@@ -75,6 +75,7 @@ IMPORTS = [
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
     ("nn/*.py", [*USES_OPS, "ppkernels.autograd"]),
     ("optim/*.py", [*USES_OPS]),
+    ("sparsity/plots.py", ["matplotlib.*", "{room}.*"]),
     ("sparsity/*.py", [*USES_OPS, "ppkernels.nn", "ppkernels._shares"]),
 ]
 PYTHON_FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -1,6 +1,7 @@
 """Pruning: four choices that do not know each other, and a `Pruner` that knows when."""
 
 from ppkernels._shares import entries_of
+from ppkernels.sparsity.adaptive_alpha import AdaptiveAlpha, AlphaRecord
 from ppkernels.sparsity.distributions import ERK, Distribution, Global, PerLayer, Uniform
 from ppkernels.sparsity.pruner import Kept, Pruner
 from ppkernels.sparsity.schedules import Cosine, Cubic, Iterative, OneShot, Schedule
@@ -10,6 +11,8 @@ from ppkernels.sparsity.weights import Counts, Shares, Size, Weight
 
 __all__ = [
     "ERK",
+    "AdaptiveAlpha",
+    "AlphaRecord",
     "ConstantFanIn",
     "Cosine",
     "Counts",
