@@ -66,6 +66,7 @@ def accuracy_against_kept(
     largest_of: str = "the whole network",
     title: str = ONE_SHOT,
     highlight: Collection[str] = (),
+    once: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Test accuracy against the share of weights that pruning keeps, to the file ``path``.
 
@@ -78,6 +79,7 @@ def accuracy_against_kept(
         largest_of: of what pruning keeps the largest |θ|, for the axis.
         title: how the networks were pruned.
         highlight: the networks that stand out in red.
+        once: more curves of the same networks, dashed; what falls far below ``curves`` is cut off.
     """
     figure, axis = plt.subplots(figsize=(7.2, 4.8))
     percents = 100 * np.asarray(kept)
@@ -90,6 +92,11 @@ def accuracy_against_kept(
             axis.fill_between(
                 percents, mean - spread, mean + spread, color=shades[label], alpha=0.15
             )
+    if once is not None:
+        low, high = axis.get_ylim()
+        for label, accuracies in once.items():
+            axis.plot(percents, 100 * accuracies.mean(axis=0), "--", color=shades[label])
+        axis.set_ylim(low - 2 * (high - low), high)
     axis.set_xscale("log")
     ticks = percents if len(percents) <= MOST_TICKS else [1, 2, 3, 5, 10, 20, 30, 50, 100]
     axis.set_xticks(ticks, [f"{percent:g}" for percent in ticks])
@@ -99,6 +106,38 @@ def accuracy_against_kept(
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     axis.set_title(title)
+    save(figure, path)
+
+
+def over_epochs(
+    panels: Mapping[str, Mapping[str, np.ndarray]], path: Path, highlight: Collection[str] = ()
+) -> None:
+    """Numbers over the epochs of training, a panel below the other, to the file ``path``.
+
+    Args:
+        panels: for each panel, by what its axis says, the numbers of each network, [seeds, epochs];
+            several seeds get a band of ±1 standard deviation.
+        path: where the PNG goes.
+        highlight: the networks that stand out in red.
+    """
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7.2, 2.9 * len(panels)), sharex=True)
+    shades = colours(next(iter(panels.values())), highlight)
+    for axis, (heading, networks) in zip(axes, panels.items(), strict=True):
+        for network, numbers in networks.items():
+            epochs = np.arange(1, numbers.shape[1] + 1)
+            mean = numbers.mean(axis=0)
+            width = 2 if network in highlight else 1.2
+            axis.plot(epochs, mean, color=shades[network], linewidth=width, label=network)
+            if len(numbers) > 1:
+                spread = numbers.std(axis=0, ddof=1)
+                axis.fill_between(
+                    epochs, mean - spread, mean + spread, color=shades[network], alpha=0.15
+                )
+        axis.set_ylabel(heading)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("epoch")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     save(figure, path)
 
 
