@@ -258,16 +258,12 @@ def save(runs: Sequence[Run], options: argparse.Namespace, source: str) -> list[
     adaptive = [network.name for network in networks_of(options) if network.keep is not None]
     tested_on = "the validation images" if options.validate else "the test images"
     panels = {
-        "α": {n: np.array([[e.alpha for e in r.epochs] for r in g]) for n, g in groups.items()},
-        f"|θ| < {options.epsilon:g}, %": {
-            n: np.array([[100 * e.small for e in r.epochs] for r in g]) for n, g in groups.items()
-        },
-        f"accuracy on {tested_on}, %": {
-            n: np.array([[100 * e.accuracy for e in r.epochs] for r in g])
-            for n, g in groups.items()
-        },
+        "alpha": "α",
+        "small": f"share of |θ| < {options.epsilon:g}, %",
+        "accuracy": f"accuracy on {tested_on}, %",
     }
-    plots.over_epochs(panels, paths[1], adaptive)
+    epochs = {name: [run.epochs for run in group] for name, group in groups.items()}
+    plots.over_epochs(epochs, panels, paths[1], adaptive)
     plots.theta_histograms(
         {name: group[0].theta for name, group in groups.items()}, paths[2], adaptive
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 
@@ -14,11 +15,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+
+class Layer(Protocol):
+    """What `against_depth` asks of a layer."""
+
+    mean: float
+    mean_abs: float
+
+
 # {what it is called: {layer: θ as one row of numbers}}
 Weights = Mapping[str, Mapping[str, np.ndarray]]
 
 BINS = 81
 MOST_TICKS = 12  # that have room beside each other
+MOST_COLUMNS = 6  # of layers; more begin a new line
 ONE_SHOT = "One-shot pruning by magnitude, no training afterwards"
 
 
@@ -35,23 +45,32 @@ def theta_histograms(weights: Weights, path: Path, highlight: Collection[str] = 
     """
     layers = list(next(iter(weights.values())))
     shades = colours(weights, highlight)
+    columns = min(len(layers), MOST_COLUMNS)
+    bands = -(-len(layers) // columns)
     figure, axes = plt.subplots(
-        2, len(layers), figsize=(1.2 + 4.4 * len(layers), 6.8), squeeze=False
+        2 * bands, columns, figsize=(1.2 + 4.4 * columns, 0.4 + 6.4 * bands), squeeze=False
     )
-    for column, layer in enumerate(layers):
-        rows = {network: by_layer[layer] for network, by_layer in weights.items()}
-        _draw_theta(axes[0, column], rows, shades)
-        _draw_magnitude(axes[1, column], rows, shades)
-        axes[0, column].set_title(f"{layer}: {next(iter(rows.values())).size:,} weights")
-    axes[0, 0].set_ylabel("weights per bin")
-    axes[1, 0].set_ylabel("weights per bin")
+    for place in range(bands * columns):
+        band, column = divmod(place, columns)
+        above, below = axes[2 * band : 2 * band + 2, column]
+        if place >= len(layers):
+            above.axis("off")
+            below.axis("off")
+            continue
+        rows = {network: by_layer[layers[place]] for network, by_layer in weights.items()}
+        _draw_theta(above, rows, shades)
+        _draw_magnitude(below, rows, shades)
+        above.set_title(f"{layers[place]}: {next(iter(rows.values())).size:,} weights")
+        if column == 0:
+            above.set_ylabel("weights per bin")
+            below.set_ylabel("weights per bin")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     # What is left of the width: six names of a legend need two layers' columns.
     figure.legend(
         handles,
         labels,
         loc="outside upper center",
-        ncols=min(len(labels), 2 * len(layers)),
+        ncols=min(len(labels), 2 * columns),
         frameon=False,
     )
     save(figure, path)
@@ -66,7 +85,9 @@ def accuracy_against_kept(
     largest_of: str = "the whole network",
     title: str = ONE_SHOT,
     highlight: Collection[str] = (),
-    once: Mapping[str, np.ndarray] | None = None,
+    dashed: Mapping[str, np.ndarray] | None = None,
+    dashed_as: str = "",
+    lowest: float | None = None,
 ) -> None:
     """Test accuracy against the share of weights that pruning keeps, to the file ``path``.
 
@@ -79,24 +100,20 @@ def accuracy_against_kept(
         largest_of: of what pruning keeps the largest |θ|, for the axis.
         title: how the networks were pruned.
         highlight: the networks that stand out in red.
-        once: more curves of the same networks, dashed; what falls far below ``curves`` is cut off.
+        dashed: for some of the networks other accuracies, which get dashed lines of their colour.
+        dashed_as: what was done to the networks of the dashed lines.
+        lowest: the accuracy at the lower edge, where lines may leave the picture.
     """
     figure, axis = plt.subplots(figsize=(7.2, 4.8))
     percents = 100 * np.asarray(kept)
     shades = colours(curves, highlight)
     for label, accuracies in curves.items():
-        mean = 100 * accuracies.mean(axis=0)
-        axis.plot(percents, mean, "o-", color=shades[label], markersize=4, label=label)
-        if len(accuracies) > 1:
-            spread = 100 * accuracies.std(axis=0, ddof=1)
-            axis.fill_between(
-                percents, mean - spread, mean + spread, color=shades[label], alpha=0.15
-            )
-    if once is not None:
-        low, high = axis.get_ylim()
-        for label, accuracies in once.items():
-            axis.plot(percents, 100 * accuracies.mean(axis=0), "--", color=shades[label])
-        axis.set_ylim(low - 2 * (high - low), high)
+        _draw_with_band(axis, percents, 100 * accuracies, shades[label], label)
+    for label, accuracies in (dashed or {}).items():
+        name = f"{label}, {dashed_as}"
+        _draw_with_band(axis, percents, 100 * accuracies, shades[label], name, "s--")
+    if lowest is not None:
+        axis.set_ylim(bottom=100 * lowest)
     axis.set_xscale("log")
     ticks = percents if len(percents) <= MOST_TICKS else [1, 2, 3, 5, 10, 20, 30, 50, 100]
     axis.set_xticks(ticks, [f"{percent:g}" for percent in ticks])
@@ -109,35 +126,71 @@ def accuracy_against_kept(
     save(figure, path)
 
 
-def over_epochs(
-    panels: Mapping[str, Mapping[str, np.ndarray]], path: Path, highlight: Collection[str] = ()
+def against_depth(
+    networks: Mapping[str, Sequence[Sequence[Layer]]], names: Sequence[str], path: Path
 ) -> None:
-    """Numbers over the epochs of training, a panel below the other, to the file ``path``.
+    """Mean θ and mean |θ| of each layer, from the first to the last, to the file ``path``.
 
     Args:
-        panels: for each panel, by what its axis says, the numbers of each network, [seeds, epochs];
+        networks: for each kind of network the layers of each seed, in the order of ``names``;
             several seeds get a band of ±1 standard deviation.
+        names: of the layers.
+        path: where the PNG goes.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(max(10, 0.9 * len(names)), 4.8))
+    for label, colour in colours(networks).items():
+        for axis, values in (
+            (left, [[layer.mean for layer in layers] for layers in networks[label]]),
+            (right, [[layer.mean_abs for layer in layers] for layers in networks[label]]),
+        ):
+            _draw_with_band(axis, range(len(names)), np.array(values), colour, label)
+    left.axhline(0, color="0.5", linestyle=":", linewidth=1)
+    left.set_ylabel("mean θ")
+    right.set_ylabel("mean |θ|")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.set_xticks(range(len(names)), names, rotation=90 if len(names) > 8 else 0)
+        axis.set_xlabel("layer, from the image to the output")
+        axis.grid(alpha=0.3)
+    right.legend()
+    save(figure, path)
+
+
+def over_epochs(
+    networks: Mapping[str, Sequence[Sequence[object]]],
+    panels: Mapping[str, str],
+    path: Path,
+    highlight: Collection[str] = (),
+) -> None:
+    """Numbers after each epoch, a panel below the other, to the file ``path``.
+
+    Args:
+        networks: for each kind of network the epochs of each seed; several seeds get a band of ±1
+            standard deviation.
+        panels: which attributes of an epoch are drawn, and what the axis says; where that ends in
+            "%" the attribute is a share.
         path: where the PNG goes.
         highlight: the networks that stand out in red.
     """
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7.2, 2.9 * len(panels)), sharex=True)
-    shades = colours(next(iter(panels.values())), highlight)
-    for axis, (heading, networks) in zip(axes, panels.items(), strict=True):
-        for network, numbers in networks.items():
-            epochs = np.arange(1, numbers.shape[1] + 1)
-            mean = numbers.mean(axis=0)
-            width = 2 if network in highlight else 1.2
-            axis.plot(epochs, mean, color=shades[network], linewidth=width, label=network)
-            if len(numbers) > 1:
-                spread = numbers.std(axis=0, ddof=1)
-                axis.fill_between(
-                    epochs, mean - spread, mean + spread, color=shades[network], alpha=0.15
-                )
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(7.2, 0.8 + 2.8 * len(panels)), sharex=True, squeeze=False
+    )
+    shades = colours(networks, highlight)
+    for axis, (name, heading) in zip(axes[:, 0], panels.items(), strict=True):
+        for label, seeds in networks.items():
+            values = np.array([[getattr(epoch, name) for epoch in epochs] for epochs in seeds])
+            values = values * (100 if heading.endswith("%") else 1)
+            # Where two of the highlighted lie on each other, both are seen.
+            style = "--" if label in list(highlight)[1:] else "-"
+            epochs = range(1, values.shape[1] + 1)
+            _draw_with_band(axis, epochs, values, shades[label], label, style)
         axis.set_ylabel(heading)
         axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("epoch")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    axes[-1, 0].set_xlabel("epoch")
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    columns = min(len(labels), 4)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     save(figure, path)
 
 
@@ -183,6 +236,22 @@ def _draw_magnitude(
         axis.axvline(threshold, color="0.5", linestyle=":", linewidth=1)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda power, _: f"$10^{{{power:.0f}}}$"))
     axis.set_xlabel("|θ| (smaller ones counted at the left edge)")
+
+
+def _draw_with_band(
+    axis: Axes,
+    x: Sequence[float] | np.ndarray,
+    values: np.ndarray,
+    colour: object,
+    label: str,
+    style: str = "o-",
+) -> None:
+    """The mean of ``values`` [seeds, len(x)], and where they are several ±1 deviation."""
+    mean = values.mean(axis=0)
+    axis.plot(x, mean, style, color=colour, markersize=4, label=label)
+    if len(values) > 1:
+        spread = values.std(axis=0, ddof=1)
+        axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15)
 
 
 def _draw(axis: Axes, values: np.ndarray, bins: np.ndarray, colour: object, label: str) -> None:

@@ -1,12 +1,15 @@
-"""What the rest of the package knows of a powered layer, and which layers are alive.
+"""What the rest of the package knows of a layer with masks or a power, and which are alive.
 
 Layers, optimizers and everything built on them meet here: a layer enrols itself when it is made, an
 optimizer asks which layer a parameter belongs to. Neither side imports the other.
+
+Every powered layer has masks; a plain layer with masks is one whose exponent would be 1, and whose
+weight any optimizer may step.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeGuard
 from weakref import ref
 
 from torch import Tensor, nn
@@ -17,17 +20,14 @@ Stores = Literal["theta", "phi"]
 Keep = Literal["theta", "phi"]
 
 
-class PoweredLayer(Protocol):
-    """A layer whose weight is θ = φ·|φ|^(α−1).
+class MaskedLayer(Protocol):
+    """A layer with masks, powered or plain.
 
-    ``weight`` is the trained parameter and holds θ or φ, as ``stores`` says; ``alpha`` is a 0-dim
-    float64 tensor that changes its value in place. Where the bit of ``update_mask`` is 0 an entry
-    is frozen; where the bit of ``mask`` is 0 the network sees 0 in its place.
+    ``weight`` is the trained parameter. Where the bit of ``update_mask`` is 0 an entry is frozen;
+    where the bit of ``mask`` is 0 the network sees 0 in its place.
     """
 
-    stores: Stores
     weight: Tensor
-    alpha: Tensor
     update_mask: BitMask | None
     mask: BitMask | None
 
@@ -37,6 +37,17 @@ class PoweredLayer(Protocol):
 
     def set_theta(self, values: Tensor) -> None:
         """Overwrite the weight in place so that ``theta`` equals ``values``."""
+
+
+class PoweredLayer(MaskedLayer, Protocol):
+    """A layer whose weight is θ = φ·|φ|^(α−1).
+
+    ``weight`` holds θ or φ, as ``stores`` says; ``alpha`` is a 0-dim float64 tensor that changes
+    its value in place.
+    """
+
+    stores: Stores
+    alpha: Tensor
 
     def set_alpha(self, alpha: float | Tensor, *, keep: Keep) -> None:
         """Change the exponent, with φ or θ kept."""
@@ -83,7 +94,7 @@ def enrol(layer: nn.Module) -> None:
 
 
 def dismiss(layer: nn.Module) -> None:
-    """Forget a layer that is no longer powered."""
+    """Forget a layer that has neither masks nor a power any more."""
     _layers.pop(id(layer), None)
     weights_changed()
 
@@ -100,13 +111,24 @@ def generation() -> object:
 
 
 def any_layers() -> bool:
-    """Whether any powered layer is alive."""
+    """Whether any layer with masks is alive, powered or plain."""
     return len(_layers) > 0
 
 
-def is_powered(module: nn.Module) -> bool:
-    """Whether ``module`` is a powered layer."""
+def is_masked(module: object) -> TypeGuard[MaskedLayer]:
+    """Whether ``module`` is a layer with masks, powered or plain; set or not."""
     return id(module) in _layers
+
+
+def is_powered(module: object) -> TypeGuard[PoweredLayer]:
+    """Whether ``module`` is a powered layer."""
+    # What a plain layer with masks lacks. The class is asked, for it changes with the layer.
+    return id(module) in _layers and hasattr(type(module), "set_alpha")
+
+
+def masked_layers(module: nn.Module) -> dict[str, MaskedLayer]:
+    """The layers with masks in ``module``, powered or plain; otherwise as `powered_layers`."""
+    return {name: child for name, child in module.named_modules() if is_masked(child)}
 
 
 def powered_layers(module: nn.Module) -> dict[str, PoweredLayer]:
@@ -114,7 +136,7 @@ def powered_layers(module: nn.Module) -> dict[str, PoweredLayer]:
     return {name: child for name, child in module.named_modules() if is_powered(child)}
 
 
-def weight_parameter(layer: PoweredLayer | nn.Module) -> nn.Parameter | None:
+def weight_parameter(layer: MaskedLayer | nn.Module) -> nn.Parameter | None:
     """The Parameter registered as ``weight``, or None where something has replaced it."""
     parameters = layer.__dict__.get("_parameters", {})
     weight = parameters.get("weight")
@@ -172,8 +194,11 @@ def _trained(layer: nn.Module) -> list[nn.Parameter]:
     return [found for found in parameters if found is not None and found is not bias]
 
 
-def layers_of(parameter: Tensor) -> list[PoweredLayer]:
-    """The live powered layers that ``parameter`` is the weight of; more than one if it is tied."""
+def masked_layers_of(parameter: Tensor) -> list[MaskedLayer]:
+    """The live layers with masks, powered or plain, that ``parameter`` is the weight of.
+
+    More than one if it is tied.
+    """
     index = _index
     if index.generation is not _generation:
         index = _read()
@@ -185,9 +210,14 @@ def layers_of(parameter: Tensor) -> list[PoweredLayer]:
     ]
 
 
-def freezing_layer(parameter: Tensor) -> PoweredLayer | None:
+def powered_layers_of(parameter: Tensor) -> list[PoweredLayer]:
+    """The live powered layers that ``parameter`` is the weight of; more than one if it is tied."""
+    return [layer for layer in masked_layers_of(parameter) if is_powered(layer)]
+
+
+def freezing_layer(parameter: Tensor) -> MaskedLayer | None:
     """A live layer that trains ``parameter`` and has an ``update_mask``, or None."""
-    masked = (layer for layer in layers_of(parameter) if layer.update_mask is not None)
+    masked = (layer for layer in masked_layers_of(parameter) if layer.update_mask is not None)
     return next(masked, None)
 
 
@@ -198,7 +228,7 @@ def theta_layer(parameter: Tensor) -> PoweredLayer | None:
         RuntimeError: ``parameter`` trains such a layer's weight through a parametrization or a
             pruning of torch.nn.utils, so that it is not θ itself.
     """
-    for layer in layers_of(parameter):
+    for layer in powered_layers_of(parameter):
         if layer.stores != "theta":
             continue
         if weight_parameter(layer) is not parameter:

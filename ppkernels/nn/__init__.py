@@ -1,4 +1,4 @@
-"""Powered layers, and the ways to turn a model's plain layers into them and back.
+"""Powered layers, plain layers with masks, and the ways from plain layers to them and back.
 
 Importing this package installs the guard that refuses to step θ-storing layers with an optimizer
 that knows nothing of them.
@@ -6,17 +6,31 @@ that knows nothing of them.
 
 from ppkernels.nn import guard as guard
 from ppkernels.nn import init
-from ppkernels.nn.conv import PowerConv1d, PowerConv2d, PowerConv3d
-from ppkernels.nn.convert import fold, powerize
-from ppkernels.nn.linear import PowerLinear
+from ppkernels.nn.conv import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    PowerConv1d,
+    PowerConv2d,
+    PowerConv3d,
+)
+from ppkernels.nn.convert import add_masks, fold, powerize
+from ppkernels.nn.linear import MaskedLinear, PowerLinear
+from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered, set_alpha
 
 __all__ = [
+    "Masked",
+    "MaskedConv1d",
+    "MaskedConv2d",
+    "MaskedConv3d",
+    "MaskedLinear",
     "PowerConv1d",
     "PowerConv2d",
     "PowerConv3d",
     "PowerLinear",
     "Powered",
+    "add_masks",
     "fold",
     "init",
     "powerize",

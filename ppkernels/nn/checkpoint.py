@@ -1,4 +1,4 @@
-"""What a powered layer reads in a checkpoint, and what it refuses there."""
+"""What layers with masks or a power read in a checkpoint, and what they refuse there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,47 @@ import torch
 from torch import Tensor
 
 from ppkernels._checks import check_alpha
+from ppkernels.ops import BitMask
+
+MASKS = ("update_mask", "mask")
+
+
+def taken_masks(
+    state_dict: dict[str, Any], prefix: str, shape: torch.Size, error_msgs: list[str]
+) -> dict[str, BitMask | None]:
+    """Takes the masks out of a checkpoint; returns what is to be set, nothing after an error.
+
+    One that has a mask or an exponent comes from a layer that could have both masks: those that it
+    lacks are None. Any other may be a plain layer's and says nothing about masks.
+    """
+    saved = {name: state_dict.pop(prefix + name) for name in MASKS if prefix + name in state_dict}
+    tells = bool(saved) or prefix + "alpha" in state_dict
+    taken: dict[str, BitMask | None] = dict.fromkeys(MASKS) if tells else {}
+    errors = []
+    for name, words in saved.items():
+        try:
+            taken[name] = BitMask(words, shape)
+        except (TypeError, ValueError) as error:
+            errors.append(f'"{prefix}{name}": {error}')
+    error_msgs.extend(errors)
+    return {} if errors else taken
+
+
+def drop_no_power(state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+    """Takes an exponent of 1 out of a checkpoint, for a layer that has none; refuses φ."""
+    alpha = state_dict.get(prefix + "alpha")
+    if isinstance(alpha, Tensor):
+        alpha = alpha.item() if alpha.numel() == 1 else alpha.tolist()
+    if alpha == 1:
+        del state_dict[prefix + "alpha"]
+        state_dict.pop(prefix + "stores_phi", None)
+    elif state_dict.pop(prefix + "stores_phi", False):
+        # Where it holds θ, the loader says that the exponent is unexpected, as for a plain layer.
+        error_msgs.append(
+            f'"{prefix}weight": the checkpoint holds phi, under an exponent of {alpha}, and the '
+            "layer is not powered; pp.powerize the model before it loads, or pp.fold the one that "
+            "is saved"
+        )
 
 
 def saved_alpha(saved: Any, own: Tensor, prefix: str, error_msgs: list[str]) -> float:

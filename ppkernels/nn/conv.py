@@ -1,4 +1,4 @@
-"""The powered convolutions."""
+"""The convolutions: with masks, and powered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,41 @@ from torch import Tensor, nn
 
 from ppkernels._powered import Stores
 from ppkernels.autograd import Power
+from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
+
+
+class _MaskedConv(Masked):
+    """What the three convolutions with masks share: the forward."""
+
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        theta = self.weight
+        if self._mask is not None:
+            theta = self._hide(theta)
+        return self._conv_forward(input, theta, self.bias)  # type: ignore[operator,no-any-return]
+
+
+class MaskedConv1d(_MaskedConv, nn.Conv1d):
+    """`torch.nn.Conv1d` with an ``update_mask`` and a ``mask``, as in `MaskedLinear`."""
+
+    plain_class: type[nn.Module] = nn.Conv1d
+    __init__ = nn.Conv1d.__init__
+
+
+class MaskedConv2d(_MaskedConv, nn.Conv2d):
+    """`torch.nn.Conv2d` with an ``update_mask`` and a ``mask``, as in `MaskedLinear`."""
+
+    plain_class: type[nn.Module] = nn.Conv2d
+    __init__ = nn.Conv2d.__init__
+
+
+class MaskedConv3d(_MaskedConv, nn.Conv3d):
+    """`torch.nn.Conv3d` with an ``update_mask`` and a ``mask``, as in `MaskedLinear`."""
+
+    plain_class: type[nn.Module] = nn.Conv3d
+    __init__ = nn.Conv3d.__init__
 
 
 class _PowerConv(Powered):

@@ -1,4 +1,4 @@
-"""The powered linear layer."""
+"""The linear layers: with masks, and powered."""
 
 from __future__ import annotations
 
@@ -10,8 +10,29 @@ from torch import Tensor, nn
 
 from ppkernels._powered import Stores
 from ppkernels.autograd import Power
+from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
 from ppkernels.ops import power_linear
+
+
+class MaskedLinear(Masked, nn.Linear):
+    """`torch.nn.Linear` with an ``update_mask`` and a ``mask``: y = x·θᵀ + b.
+
+    θ is ``weight``, but 0 where ``mask`` hides it. Arguments, shapes and semantics are
+    torch.nn.Linear's; `Masked` says what the masks and the checkpoints are. Without ``mask`` the
+    forward is nn.Linear's own.
+    """
+
+    plain_class: type[nn.Module] = nn.Linear
+
+    # Here too, because inspect and editors would show the arguments of Masked.__new__.
+    __init__ = nn.Linear.__init__
+
+    def forward(self, input: Tensor) -> Tensor:
+        theta = self.weight
+        if self._mask is not None:
+            theta = self._hide(theta)
+        return F.linear(input, theta, self.bias)
 
 
 class PowerLinear(Powered, nn.Linear):

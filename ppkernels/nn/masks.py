@@ -1,29 +1,64 @@
-"""The two masks of a powered layer: which entries are trained, and which the network sees."""
+"""The two masks of a layer: which entries are trained, and which the network sees."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ppkernels import _powered
+from ppkernels._checks import check_floating
+from ppkernels._powered import weight_parameter
 from ppkernels.autograd import ApplyMask
+from ppkernels.nn.checkpoint import MASKS, drop_no_power, taken_masks
 from ppkernels.ops import BitMask
 
-MASKS = ("update_mask", "mask")
+LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 class Masked(nn.Module):
-    """Gives a layer with a ``weight`` its masks: no buffers, so that nobody averages their bits.
+    """Gives a layer of torch.nn its masks: ``class MaskedLinear(Masked, nn.Linear)``.
 
-    `ppkernels.nn.Powered` says what they do. They live in the layer's ``__dict__``, under the names
-    below, from the first assignment on.
+    Attributes:
+        weight: the trained parameter.
+        update_mask: a `pp.BitMask` of the weight's shape, or None. An entry whose bit is 0 is
+            frozen: the optimizers of `pp.optim` keep its value and its state bit for bit, whatever
+            momentum, decay and clipping do; the steps of all other optimizers are refused.
+        mask: a `pp.BitMask` of the weight's shape, or None. An entry of θ whose bit is 0 is 0 to
+            the network and gets no gradient; the stored value survives and is seen again when the
+            bit is. Momentum and decay move it still, unless ``update_mask`` freezes it. Modules
+            that read ``weight`` themselves (nn.MultiheadAttention, the fast path of
+            nn.TransformerEncoderLayer) do not see the mask.
+
+    Both masks may be assigned at any time; a mask comes to the weight's device and follows the
+    layer. They go with the layer into copies, pickles and checkpoints, but are no buffers, so that
+    nobody averages their bits: the average of a torch.optim.swa_utils.AveragedModel has the masks
+    of the moment when it was copied, and hears of no later one.
+
+    Checkpoints: the state_dict holds what the plain layer's would, and the words of the masks under
+    ``update_mask`` and ``mask`` where these are set. Loading sets both masks, one that the
+    checkpoint lacks to None; a checkpoint with neither, which may be a plain layer's, leaves them
+    as they are. That of a powered layer is taken where its exponent is 1, else it is an error.
+    torch.distributed.checkpoint loads only keys that the model has when it begins: there a new
+    model needs masks, of any bits, first. A program of torch.export has the masks as constants, and
+    no gradient through them.
     """
 
+    # The masks live in the layer's __dict__, under these names, from the first assignment on.
     weight: Tensor
     _update_mask: BitMask | None = None
     _mask: BitMask | None = None
+
+    # The class that fold() gives back; an instance has its own where it was made of another one.
+    plain_class: type[nn.Module] = nn.Module
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Masked:
+        # Constructor, deepcopy and unpickling all come through here.
+        self = super().__new__(cls)
+        _powered.enrol(self)
+        return self
 
     @property
     def update_mask(self) -> BitMask | None:
@@ -44,6 +79,52 @@ class Masked(nn.Module):
     @mask.setter
     def mask(self, mask: BitMask | None) -> None:
         self._mask = self._own("mask", mask)
+
+    @property
+    def theta(self) -> Tensor:
+        """The weight that the network sees, ``mask`` applied; differentiable in ``weight``."""
+        return self._hide(self.weight)
+
+    def set_theta(self, values: Tensor) -> None:
+        """Overwrite ``weight`` in place so that `theta` equals ``values`` where ``mask`` shows it.
+
+        All values are stored, those that are hidden or frozen too. Exact, but for a powered layer
+        that stores φ: within α+1 ULP there (float32, compiled CPU kernels).
+
+        Args:
+            values: θ, of the weight's shape; any floating dtype and device.
+
+        Raises:
+            TypeError, ValueError: ``values`` of another kind or shape.
+            RuntimeError: a weight that torch.nn.utils has parametrized or pruned.
+        """
+        weight = self._own_weight("set_theta")
+        check_floating("set_theta", "values", values)
+        if values.shape != weight.shape:
+            raise ValueError(
+                f"set_theta: values must have the shape of weight, {tuple(weight.shape)}, "
+                f"got {tuple(values.shape)}"
+            )
+        with torch.no_grad():
+            weight.copy_(self._stored(values))
+
+    def _stored(self, theta: Tensor) -> Tensor:
+        """What the weight holds where the network is to see ``theta``."""
+        return theta
+
+    def become_plain(self) -> None:
+        """Turn into the plain layer again, without masks. The weight must hold what `theta` is.
+
+        For those who take layers apart; `pp.fold` is the way for all others.
+        """
+        plain_class = self.plain_class
+        for name in ("_update_mask", "_mask", "plain_class"):
+            self.__dict__.pop(name, None)
+        self.__class__ = plain_class  # type: ignore[assignment]
+        _powered.dismiss(self)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._described()
 
     def _own(self, name: str, mask: BitMask | None) -> BitMask | None:
         """``mask`` as this layer keeps it: checked, and on its weight's device."""
@@ -94,25 +175,70 @@ class Masked(nn.Module):
         found = {name: getattr(self, f"_{name}") for name in MASKS}
         return {name: mask for name, mask in found.items() if mask is not None}
 
-    def _place_masks(self) -> None:
-        for name, mask in self._masks().items():
-            setattr(self, f"_{name}", self._placed(mask))
-
-    def _share_masks(self) -> None:
-        for mask in self._masks().values():
-            mask.words.share_memory_()  # type: ignore[no-untyped-call]
-
-    def _drop_masks(self) -> None:
-        for name in MASKS:
-            self.__dict__.pop(f"_{name}", None)
-
-    def _described_masks(self) -> str:
-        """What the masks add to the layer's repr."""
+    def _described(self) -> str:
+        """What is added to the plain layer's repr."""
         parts = []
         for name, mask in self._masks().items():
             kept = "meta" if mask.words.is_meta else str(mask.count())
             parts.append(f", {name}={kept}/{mask.numel()}")
         return "".join(parts)
+
+    def _own_weight(self, op: str) -> nn.Parameter:
+        weight = weight_parameter(self)
+        if weight is None:
+            raise RuntimeError(
+                f"{op}: the weight of {self} is no longer a Parameter of its own "
+                "(torch.nn.utils.prune, parametrize or weight_norm has replaced it)"
+            )
+        return weight
+
+    # ---- where the weight is exchanged for another tensor, the registry hears of it
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and param is not None:
+            self._check_masks_fit(param)
+        super().register_parameter(name, param)
+        _powered.weights_changed()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        _powered.weights_changed()
+
+    def _replicate_for_data_parallel(self) -> Masked:
+        # nn.Module's own would come through __new__, and each enrolment makes every optimizer look
+        # through its weights again. A replica lives for one forward and trains nothing.
+        replica: Masked = object.__new__(type(self))
+        replica.__dict__ = {
+            **self.__dict__,
+            "_parameters": {},
+            "_buffers": self._buffers.copy(),
+            "_modules": self._modules.copy(),
+            "_is_replica": True,
+        }
+        return replica
+
+    # ---- devices
+
+    def _apply(self: LayerT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerT:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        layer = cast(Masked, self)
+        layer._place()
+        weight = layer.weight
+        may_be_shared = type(weight) is nn.Parameter and weight.device.type == "cpu"
+        if may_be_shared and weight.is_shared():  # type: ignore[no-untyped-call]
+            layer._share()
+        _powered.weights_changed()
+        return self
+
+    def _place(self) -> None:
+        """Bring what belongs to the weight to its device."""
+        for name, mask in self._masks().items():
+            setattr(self, f"_{name}", self._placed(mask))
+
+    def _share(self) -> None:
+        """After share_memory() the weight is shared, and so is what belongs to it."""
+        for mask in self._masks().values():
+            mask.words.share_memory_()  # type: ignore[no-untyped-call]
 
     # ---- checkpoints: the words under the mask's name, where a mask is set
 
@@ -124,23 +250,36 @@ class Masked(nn.Module):
             # A copy, for an average over state_dicts writes into their tensors.
             destination[prefix + name] = mask.words.clone()
 
-    def _take_masks(
-        self, state_dict: dict[str, Any], prefix: str, is_powered: bool, error_msgs: list[str]
-    ) -> dict[str, BitMask | None]:
-        """Takes the masks out of a checkpoint; returns what is to be set, nothing after an error.
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        masks = taken_masks(state_dict, prefix, self.weight.shape, error_msgs)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        self._translate(state_dict, prefix, assign, error_msgs)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        for name, mask in masks.items():
+            setattr(self, f"_{name}", mask)
+        # With assign=True the weight may have come from another device.
+        self._place()
+        _powered.weights_changed()
 
-        A powered layer's checkpoint that has no masks says that there are none. One of a plain
-        layer (or not ``is_powered``) says nothing about them.
-        """
-        saved = {
-            name: state_dict.pop(prefix + name) for name in MASKS if prefix + name in state_dict
-        }
-        taken: dict[str, BitMask | None] = dict.fromkeys(MASKS) if is_powered else {}
-        errors = []
-        for name, words in saved.items():
-            try:
-                taken[name] = BitMask(words, self.weight.shape)
-            except (TypeError, ValueError) as error:
-                errors.append(f'"{prefix}{name}": {error}')
-        error_msgs.extend(errors)
-        return {} if errors else taken
+    def _translate(
+        self, state_dict: dict[str, Any], prefix: str, assign: bool, error_msgs: list[str]
+    ) -> None:
+        """Put the checkpoint of another kind of layer into this one's keys and values."""
+        drop_no_power(state_dict, prefix, error_msgs)

@@ -7,7 +7,14 @@ from typing import cast
 
 from torch import nn
 
-from ppkernels._powered import Stores, is_powered, layers_of, weight_parameter
+from ppkernels._powered import (
+    MaskedLayer,
+    Stores,
+    is_masked,
+    is_powered,
+    masked_layers_of,
+    weight_parameter,
+)
 from ppkernels.nn.choice import called
 from ppkernels.nn.powered import Powered
 
@@ -89,17 +96,17 @@ def check_ties(model: nn.Module, chosen: Chosen, stores: Stores) -> None:
                 _disagree(pair, alpha, stores, wanted[id(other)], stores)
 
 
-def check_one_mask(model: nn.Module, layers: Mapping[str, Powered]) -> None:
+def check_one_mask(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
     """Whoever shares a weight that a mask hides in part has the same mask."""
     owners = _owners(model)
     for name, layer in layers.items():
-        weight = weight_parameter(layer)
+        weight, module = weight_parameter(layer), cast(nn.Module, layer)
         if layer.mask is None or weight is None:
             continue
-        for other, other_called in _others(layer, weight, owners):
-            if not is_powered(other) or cast(Powered, other).mask != layer.mask:
+        for other, other_called in _others(module, weight, owners):
+            if not is_masked(other) or other.mask != layer.mask:
                 raise ValueError(
-                    f"fold: {called(name, layer)} and {other_called} share one weight, and the "
+                    f"fold: {called(name, module)} and {other_called} share one weight, and the "
                     "first hides a part of it that the second would lose; set its mask to None, "
                     "or give both the same"
                 )
@@ -117,11 +124,11 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 def _others(
     layer: nn.Module, weight: nn.Parameter, owners: dict[int, list[tuple[str, nn.Module]]]
 ) -> Iterator[tuple[nn.Module, str]]:
-    """Who else has ``weight``: everybody in the model, and the powered layers outside it."""
+    """Who else has ``weight``: all in the model, and outside it layers with masks or a power."""
     inside = [(other, called(name, other)) for name, other in owners.get(id(weight), ())]
     seen = {id(other) for other, _ in inside}
     yield from (pair for pair in inside if pair[0] is not layer)
-    for outside in layers_of(weight):
+    for outside in masked_layers_of(weight):
         if id(outside) not in seen:
             yield cast(nn.Module, outside), f"{outside} outside the model"
 

@@ -72,7 +72,7 @@ def batch_of(optimizer: str, params: list[Tensor], group_alpha: float | Tensor |
         # Where torch.nn.utils has replaced the weight, the parameter is not what the layer means;
         # one that holds θ is refused there.
         theta_layer = _powered.theta_layer(parameter)
-        layers = _powered.layers_of(parameter)
+        layers = _powered.powered_layers_of(parameter)
         own = [layer for layer in layers if _powered.weight_parameter(layer) is parameter]
         if own:
             alpha = own[0].alpha
@@ -90,20 +90,21 @@ def batch_of(optimizer: str, params: list[Tensor], group_alpha: float | Tensor |
 
 def check_owners(optimizer: str, parameter: Tensor, group_alpha: float | Tensor | None) -> None:
     """The layers that share ``parameter`` agree with each other, and with the group."""
-    layers = _powered.layers_of(parameter)
-    if layers and group_alpha is not None:
+    layers = _powered.masked_layers_of(parameter)
+    powered = [layer for layer in layers if _powered.is_powered(layer)]
+    if powered and group_alpha is not None:
         raise ValueError(
-            f"{optimizer}: a group with an alpha of its own has the weight of {layers[0]}, which "
+            f"{optimizer}: a group with an alpha of its own has the weight of {powered[0]}, which "
             "has its layer's; put it into another group"
         )
     if len(layers) < 2:
         return
     # Values are compared where that is possible; a GPU is waited for.
     may_ask = not is_captured(parameter.device)
-    forms = {(layer.stores, float(layer.alpha) if may_ask else None) for layer in layers}
+    forms = {(layer.stores, float(layer.alpha) if may_ask else None) for layer in powered}
     if len(forms) > 1:
         raise ValueError(
-            f"{optimizer}: {' and '.join(map(str, layers))} share one weight, so they need the "
+            f"{optimizer}: {' and '.join(map(str, powered))} share one weight, so they need the "
             "same alpha and stores"
         )
     masks = [layer.update_mask for layer in layers if layer.update_mask is not None]

@@ -268,7 +268,7 @@ class PowerOptimizer(Optimizer):
 
     def _remember(self, parameter: Tensor) -> None:
         """Note which layer owns ``parameter`` now; that of one that is gone stays noted."""
-        layers = _powered.layers_of(parameter)
+        layers = _powered.powered_layers_of(parameter)
         if layers:
             self._owners[parameter] = ref(layers[0])
         elif parameter in self._owners and self._owners[parameter]() is not None:
@@ -277,7 +277,7 @@ class PowerOptimizer(Optimizer):
     def _check_not_orphaned(self, parameter: Tensor) -> None:
         """The layer that last owned ``parameter`` is alive, or it has none."""
         is_gone = parameter in self._owners and self._owners[parameter]() is None
-        if is_gone and not _powered.layers_of(parameter):
+        if is_gone and not _powered.powered_layers_of(parameter):
             raise RuntimeError(
                 f"{type(self).__name__}: the powered layer whose weight of shape "
                 f"{tuple(parameter.shape)} is to be stepped is gone, and its exponent with it; "

@@ -3,7 +3,9 @@
 from ppkernels._shares import entries_of
 from ppkernels.sparsity.adaptive_alpha import AdaptiveAlpha, AlphaRecord
 from ppkernels.sparsity.distributions import ERK, Distribution, Global, PerLayer, Uniform
-from ppkernels.sparsity.pruner import Kept, Pruner
+from ppkernels.sparsity.entries import Kept
+from ppkernels.sparsity.norms import reestimate_batch_norm
+from ppkernels.sparsity.pruner import Pruner
 from ppkernels.sparsity.schedules import Cosine, Cubic, Iterative, OneShot, Schedule
 from ppkernels.sparsity.scores import Gradient, Magnitude, Random, Score, Sensitivity
 from ppkernels.sparsity.types import ConstantFanIn, NofM, Type, Unstructured
@@ -38,4 +40,5 @@ __all__ = [
     "Unstructured",
     "Weight",
     "entries_of",
+    "reestimate_batch_norm",
 ]

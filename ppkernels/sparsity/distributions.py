@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Real
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ppkernels._shares import check_share, entries_of
 from ppkernels.sparsity.weights import Shares, Size
 
 
+@runtime_checkable
 class Distribution(Protocol):
     """What a `Pruner` asks of a distribution."""
 

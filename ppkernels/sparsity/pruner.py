@@ -2,85 +2,106 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import cast
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch import Tensor, nn
 
 from ppkernels import _powered
-from ppkernels._powered import PoweredLayer
 from ppkernels._shares import check_share
-from ppkernels.ops import BitMask, apply_mask
+from ppkernels.ops import BitMask
 from ppkernels.sparsity.distributions import Distribution, Global
+from ppkernels.sparsity.entries import Entries, Kept, Select, unwrapped
 from ppkernels.sparsity.schedules import Schedule
 from ppkernels.sparsity.scores import Magnitude, Score
 from ppkernels.sparsity.types import Type, Unstructured
-from ppkernels.sparsity.weights import Counts, Size, Weight
-
-Select = Callable[[str, nn.Module], bool] | Iterable[str]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """How many weights of a model are left. Frozen and hidden entries are not counted.
-
-    Attributes:
-        counts: by layer, the entries that are not pruned.
-        entries: by layer, the entries that are or may be pruned.
-    """
-
-    counts: dict[str, int]
-    entries: dict[str, int]
-
-    @property
-    def count(self) -> int:
-        """The entries of all layers that are not pruned."""
-        return sum(self.counts.values())
-
-    @property
-    def share(self) -> float:
-        """Their share; 1 of no entries."""
-        return _share(self.count, sum(self.entries.values()))
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """The share of each layer."""
-        return {name: _share(count, self.entries[name]) for name, count in self.counts.items()}
-
-    def __str__(self) -> str:
-        rows = [
-            f"{name}: {count} of {self.entries[name]} ({self.shares[name]:.2%})"
-            for name, count in self.counts.items()
-        ]
-        total = f"{self.count} of {sum(self.entries.values())} ({self.share:.2%}) kept"
-        return "\n".join([*rows, total])
-
-
-def _share(count: int, entries: int) -> float:
-    return count / entries if entries else 1.0
+from ppkernels.sparsity.weights import Counts
 
 
 class Pruner:
     """Prunes the weights of a model when a schedule says so; the training loop stays yours.
 
-    Four choices that do not know each other: what a weight is worth (``score``), when how much goes
-    (``schedule``), how that is spread over the layers (``distribution``), in which pattern
-    (``type``). ::
+    Four choices that know nothing of each other: what a weight is worth (``score``), when how much
+    goes (``schedule``), how that is spread over the layers (``distribution``), in which pattern
+    (``type``). The pruner counts steps, and prunes when it is time::
 
-        pruner = pp.sparsity.Pruner(model, Cubic(kept=0.05, begin=1000, end=9000, every=100))
+        pruner = Pruner(model, Cubic(kept=0.05, begin=1000, end=9000, every=100))
         for images, labels in loader:
             optimizer.zero_grad()
             loss_of(model(images), labels).backward()
             optimizer.step()
             pruner.step()
 
-    A pruned entry is a 0 in the weight, and in the layer's ``update_mask`` a 0 that keeps it there:
-    the forward pass knows nothing of it and costs nothing more. Pruned entries stay pruned.
+    The methods of the literature are such choices::
+
+        # one-shot, after training
+        Pruner(model, OneShot(0.05)).prune()
+        # the same as Powerpropagation's authors do it
+        Pruner(model, OneShot(0.05), distribution=Uniform({"output": 2})).prune()
+        # gradual, in the loop above
+        Pruner(model, Cubic(0.05, begin=1000, end=9000, every=100))
+        # static random, before training
+        Pruner(model, OneShot(0.05), score=Random(0), distribution=ERK()).prune()
+        # SNIP, before training, after one backward
+        Pruner(model, OneShot(0.05), score=Sensitivity()).prune()
+        # 2:4, gradual, with the output layer left dense
+        schedule = Cubic(0.5, begin=1000, end=9000, every=100)
+        Pruner(model, schedule, distribution=Uniform({"output": 2}), type=NofM(2, 4))
+
+    and lottery tickets, or any iterative pruning with rewinding::
+
+        pruner = Pruner(model, Iterative(kept=0.05, rounds=10, every=5000, begin=500))
+        optimizer = new_optimizer(model)
+        for images, labels in itertools.islice(endless(loader), 500 + 11 * 5000):
+            optimizer.zero_grad()
+            loss_of(model(images), labels).backward()
+            optimizer.step()
+            is_pruned = pruner.step()
+            if pruner.steps == 500:
+                pruner.remember()        # for the weights of the start: before the loop, begin=0
+            if is_pruned:
+                pruner.rewind()
+                optimizer = new_optimizer(model)  # its momentum and rate belong to other weights
+
+    What pruning does: a pruned entry becomes 0 in the weight, and a 0 in the layer's
+    ``update_mask`` keeps it there. The forward pass knows nothing of it, costs nothing more, and is
+    not compiled again. Pruned entries stay pruned: each pruning chooses among those that are left.
+    The optimizers of `pp.optim` leave a pruned entry's momentum as it was at that moment, and do
+    not use it again.
+
+    What may be pruned: entries that an ``update_mask`` of yours freezes, whenever you set it, are
+    neither pruned nor freed, and so are those that ``mask`` hides from the network. Shares are of
+    all other entries, pruned ones included. Weights that layers share are pruned once, and all
+    these layers get the mask. Biases and norms are not pruned.
+
+    Checkpoints: save ``model.state_dict()``, the optimizer's, and `state_dict`. To resume, make
+    model and pruner anew and load the model first, then the pruner: training goes on bit for bit as
+    if nothing had happened. Loading restores masks that the model's checkpoint does not have.
+
+    Attributes:
+        steps: calls of `step` so far.
+        prunings: how often it has pruned, by `step` or by `prune`.
+
+    Args:
+        model: any module. DistributedDataParallel, DataParallel and torch.compile around it are
+            looked through, so that names and checkpoints are those of the model itself; on several
+            processes weights and (for scores of gradients) gradients are the same, so the masks
+            are.
+        schedule: `OneShot`, `Cubic`, `Cosine`, `Iterative`.
+        score: `Magnitude`, `Random`, `Gradient`, `Sensitivity`.
+        distribution: `Global`, `Uniform`, `ERK`, `PerLayer`.
+        type: `Unstructured`, `NofM`, `ConstantFanIn`.
+        select: which layers: the names of some, or a function of name and layer. By default all
+            that can be pruned.
+
+    Raises:
+        TypeError: arguments of another kind; a weight of a subclass of Parameter (a sharded one).
+        ValueError: no layer to prune; choices that do not go together, or with these layers.
+        RuntimeError: a weight that torch.nn.utils has parametrized or pruned.
+
+    Design after jaxpruner (Lee et al., 2023), whose algorithms are such choices too.
     """
 
     def __init__(
@@ -97,16 +118,19 @@ class Pruner:
             raise TypeError(
                 f"Pruner: model must be a torch.nn.Module, got {model.__class__.__name__}"
             )
-        self.model = _unwrapped(model)
+        _check_choice("schedule", schedule, Schedule, "OneShot(0.05)")
+        _check_choice("score", score, Score, "Magnitude()")
+        _check_choice("distribution", distribution, Distribution, "Global()")
+        _check_choice("type", type, Type, "Unstructured()")
+        self.model = unwrapped(model)
         self.schedule, self.score = schedule, score
         self.distribution, self.type = distribution, type
         self.steps = 0
         self.prunings = 0
-        self._layers = _chosen(self.model, select)
-        # The entries of each weight that are not pruned; none of a weight that is whole.
-        self._kept: dict[str, BitMask] = {}
-        sizes = self._sizes(self._weights())
-        self.type.check(sizes, self.distribution.shares(sizes, schedule.kept))
+        self._entries = Entries(self.model, select)
+        self._remembered: dict[str, Tensor] | None = None
+        sizes = self._entries.sizes()
+        type.check(sizes, distribution.shares(sizes, schedule.kept))
 
     # ---- when
 
@@ -152,124 +176,113 @@ class Pruner:
     def _prune(
         self, kept: float | None, part: Callable[[float], float], *, may_be_ahead: bool
     ) -> None:
-        weights = self._weights()
-        within = {name: self._within(name, weight) for name, weight in weights.items()}
-        sizes = self._sizes(weights)
+        """Prune on the way to the share ``kept``, as far as ``part`` of a final share says."""
+        entries = self._entries
+        sizes = entries.sizes()
         shares = self.distribution.shares(sizes, kept)
         if isinstance(shares, dict):
             shares = {name: part(share) for name, share in shares.items()}
         else:
             shares = part(shares)
-        left = {
-            name: weight.numel() if (mask := within[name]) is None else mask.count()
-            for name, weight in weights.items()
-        }
-        counts = _at_most(self.type.counts(sizes, shares), left, may_be_ahead)
-        ranked = self.score.of({name: self._ranked(name) for name in weights})
-        masks = self.type.masks(ranked, counts, within)
-        for name, mask in masks.items():
-            self._apply(name, weights[name], mask, within[name])
+        counts = _at_most(self.type.counts(sizes, shares), entries.left(), may_be_ahead)
+        ranked = self.score.of(entries.ranked())
+        entries.keep(self.type.masks(ranked, counts, entries.within()))
         self.prunings += 1
 
-    def _apply(
-        self, name: str, weight: nn.Parameter, mask: BitMask, within: BitMask | None
-    ) -> None:
-        """Prune the entries of ``within`` that are not in ``mask``."""
-        kept = mask if within is None else mask | (self._kept_of(name, weight) - within)
-        self._kept[name] = kept
-        self._freeze(weight, kept)
+    # ---- rewinding
 
-    def _freeze(self, weight: nn.Parameter, kept: BitMask) -> None:
-        """Set the entries that are not kept to 0, and see that they stay so."""
-        if kept.count() == kept.numel():
-            return
+    def remember(self) -> None:
+        """Take a copy of all parameters and buffers of the model, to `rewind` to.
+
+        An earlier copy is forgotten. It goes into the state_dict.
+        """
+        self._remembered = {
+            name: tensor.detach().clone() for name, tensor in _tensors(self.model).items()
+        }
+
+    def rewind(self) -> None:
+        """Set the model back to what it was at `remember`, but for what is pruned or frozen.
+
+        The whole network goes back, in place: weights, biases, norms with their running statistics,
+        exponents. Entries whose bit in an ``update_mask`` is 0 stay as they are, so that pruned
+        ones stay 0. The state of the optimizer is yours: after a rewinding it belongs to other
+        weights, so make a new optimizer, or load the state that you saved at that step.
+
+        Raises:
+            RuntimeError: nothing was remembered, or the model has other tensors now. Nothing is
+                changed then.
+        """
+        if self._remembered is None:
+            raise RuntimeError("Pruner.rewind: nothing is remembered; call remember() before")
+        tensors = _tensors(self.model)
+        forms = {name: tensor.shape for name, tensor in tensors.items()}
+        if forms != {name: tensor.shape for name, tensor in self._remembered.items()}:
+            raise RuntimeError(
+                "Pruner.rewind: the model has other parameters and buffers than at remember()"
+            )
+        frozen = {
+            id(layer.weight): layer.update_mask
+            for layer in _powered.powered_layers(self.model).values()
+            if layer.update_mask is not None
+        }
         with torch.no_grad():
-            weight.copy_(apply_mask(weight.detach(), kept.words))
-        for layer in _powered.layers_of(weight):
-            layer.update_mask = kept if layer.update_mask is None else layer.update_mask & kept
+            for name, tensor in tensors.items():
+                values, mask = self._remembered[name].to(tensor), frozen.get(id(tensor))
+                tensor.copy_(values if mask is None else values.where(mask.unpack(), tensor))
+        self._entries.enforce()
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, masks and remembered tensors: numbers, strings and tensors alone."""
+        return {
+            "steps": self.steps,
+            "prunings": self.prunings,
+            "kept": {name: mask.words for name, mask in self._entries.masks.items()},
+            "remembered": None if self._remembered is None else dict(self._remembered),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state. The model's own is loaded before it.
+
+        Pruned entries become 0, and their bits in the ``update_mask``, whatever the model has.
+
+        Raises:
+            ValueError: a state that is not that of a pruner of such layers. Nothing is changed
+                then.
+        """
+        if set(state_dict) != set(self.state_dict()):
+            raise ValueError(
+                f"Pruner.load_state_dict: the keys must be {list(self.state_dict())}, got "
+                f"{list(state_dict)}"
+            )
+        self._entries.load(state_dict["kept"])
+        self.steps, self.prunings = state_dict["steps"], state_dict["prunings"]
+        self._remembered = state_dict["remembered"]
 
     # ---- what is left
 
+    def masks(self) -> dict[str, BitMask]:
+        """By layer, the entries that are not pruned, frozen and hidden ones included."""
+        weights = self._entries.weights()
+        return {name: self._entries.mask(name, weight) for name, weight in weights.items()}
+
     def kept(self) -> Kept:
         """How many weights are left, by layer and in all."""
-        weights = self._weights()
-        entries = {name: size.entries for name, size in self._sizes(weights).items()}
-        counts = {}
-        for name, weight in weights.items():
-            mask = self._within(name, weight)
-            counts[name] = weight.numel() if mask is None else mask.count()
-        return Kept(counts, entries)
-
-    # ---- the weights
-
-    def _weights(self) -> dict[str, nn.Parameter]:
-        """The weights to prune by the name of their layer; one that layers share comes once."""
-        weights: dict[str, nn.Parameter] = {}
-        seen = set()
-        for name, layer in self._layers.items():
-            weight = _powered.weight_parameter(layer)
-            if weight is None:
-                raise RuntimeError(
-                    f"Pruner: the weight of {name!r} is no longer a Parameter of its own "
-                    "(torch.nn.utils.prune, parametrize or weight_norm has replaced it)"
-                )
-            if id(weight) not in seen:
-                seen.add(id(weight))
-                weights[name] = weight
-        return weights
-
-    def _ranked(self, name: str) -> Weight:
-        layer = self._layers[name]
-        return Weight(layer.weight, layer.alpha if layer.stores == "phi" else None)
-
-    def _kept_of(self, name: str, weight: nn.Parameter) -> BitMask:
-        kept = self._kept.get(name)
-        return BitMask.ones(weight.shape, weight.device) if kept is None else kept.to(weight.device)
-
-    def _within(self, name: str, weight: nn.Parameter) -> BitMask | None:
-        """The entries that may be pruned: not pruned yet, trained, and seen; None, all of them."""
-        masks = [self._kept_of(name, weight)] if name in self._kept else []
-        layers = _powered.layers_of(weight)
-        masks += [layer.update_mask for layer in layers if layer.update_mask is not None]
-        seen = [layer.mask for layer in layers if layer.mask is not None]
-        if seen and len(seen) == len(layers):
-            masks.append(functools.reduce(operator.or_, seen))
-        return functools.reduce(operator.and_, masks) if masks else None
-
-    def _sizes(self, weights: dict[str, nn.Parameter]) -> dict[str, Size]:
-        sizes = {}
-        for name, weight in weights.items():
-            within = self._within(name, weight)
-            entries = weight.numel()
-            if within is not None:
-                pruned = ~self._kept_of(name, weight)
-                entries = (within | pruned).count()
-            sizes[name] = Size(weight.shape, entries)
-        return sizes
+        sizes = self._entries.sizes()
+        return Kept(self._entries.left(), {name: size.entries for name, size in sizes.items()})
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # the class would have to be imported with the compiler
-            model = cast(nn.Module, model._modules["_orig_mod"])
-        else:
-            return model
+def _check_choice(name: str, choice: object, wanted: type[Any], example: str) -> None:
+    if isinstance(choice, type) or not isinstance(choice, wanted):
+        raise TypeError(
+            f"Pruner: {name} must be a {wanted.__name__}, {example} for example, got {choice!r}"
+        )
 
 
-def _chosen(model: nn.Module, select: Select | None) -> dict[str, PoweredLayer]:
-    layers = _powered.powered_layers(model)
-    if callable(select):
-        layers = {
-            name: layer for name, layer in layers.items() if select(name, cast(nn.Module, layer))
-        }
-    elif select is not None:
-        layers = {name: layers[name] for name in select}
-    if not layers:
-        raise ValueError(f"Pruner: {type(model).__name__} holds no layer to prune")
-    return layers
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name; one that is shared comes once."""
+    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
 def _at_most(counts: Counts, left: dict[str, int], may_be_ahead: bool) -> Counts:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ppkernels._shares import check_share
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """What a `Pruner` asks of a schedule."""
 

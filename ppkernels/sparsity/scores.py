@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ppkernels.ops import power_backward
 from ppkernels.sparsity.weights import Weight
 
 
+@runtime_checkable
 class Score(Protocol):
     """What a `Pruner` asks of a score."""
 

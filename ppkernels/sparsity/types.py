@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ppkernels.sparsity.weights import Counts, Shares, Size, Weight
 Within = Mapping[str, BitMask | None]
 
 
+@runtime_checkable
 class Type(Protocol):
     """What a `Pruner` asks of a type of sparsity."""
 

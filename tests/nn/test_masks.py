@@ -1,5 +1,5 @@
-"""The masks of powered layers: what they do, and that they come through copies and checkpoints."""
-# Longer than 350 lines: one subject, and each test needs masks on a layer of either form.
+"""The masks of a layer: what they do, and that they come through copies and checkpoints."""
+# Longer than 350 lines: one subject, and each test needs masks on a layer of each kind.
 
 from __future__ import annotations
 
@@ -22,27 +22,38 @@ from ppkernels import BitMask
 ALPHA = 1.5
 MASKS = ("update_mask", "mask")
 
-each_storage = pytest.mark.parametrize("stores", ["theta", "phi"])
+# A plain layer, and a powered one of either form.
+each_kind = pytest.mark.parametrize("kind", ["plain", "theta", "phi"])
+each_form = pytest.mark.parametrize("kind", ["theta", "phi"])
 each_mask = pytest.mark.parametrize("name", MASKS)
 
 
-def linear(stores: str, **options: object) -> nn.Module:
-    return pp.nn.PowerLinear(6, 5, alpha=ALPHA, stores=stores, **options)
+def linear(kind: str, inputs: int = 6) -> nn.Module:
+    if kind == "plain":
+        return pp.nn.MaskedLinear(inputs, 5)
+    return pp.nn.PowerLinear(inputs, 5, alpha=ALPHA, stores=kind)
+
+
+def convolution(kind: str) -> nn.Module:
+    if kind == "plain":
+        return pp.nn.MaskedConv2d(3, 4, 3)
+    return pp.nn.PowerConv2d(3, 4, 3, alpha=ALPHA, stores=kind)
 
 
 def random_mask(*shape: int) -> BitMask:
     return BitMask.pack(torch.rand(shape) < 0.4)
 
 
-def masked_linear(stores: str) -> nn.Module:
-    layer = linear(stores)
+def masked_linear(kind: str) -> nn.Module:
+    layer = linear(kind)
     layer.update_mask, layer.mask = random_mask(5, 6), random_mask(5, 6)
     return layer
 
 
 def shown_theta(layer: nn.Module) -> Tensor:
     """θ with the forward mask applied, by the definition."""
-    theta = layer.weight if layer.stores == "theta" else pp.power(layer.weight, layer.alpha)
+    holds_phi = getattr(layer, "stores", None) == "phi"
+    theta = pp.power(layer.weight, layer.alpha) if holds_phi else layer.weight
     return torch.where(layer.mask.unpack(), theta, 0.0)
 
 
@@ -53,9 +64,9 @@ def same_masks(layer: nn.Module, other: nn.Module) -> bool:
 # ---- the forward
 
 
-@each_storage
-def test_linear_uses_the_masked_weight(stores: str) -> None:
-    layer, x = linear(stores), torch.randn(3, 6)
+@each_kind
+def test_linear_uses_the_masked_weight(kind: str) -> None:
+    layer, x = linear(kind), torch.randn(3, 6)
     assert layer.mask is None
     assert layer.update_mask is None
     plain = layer(x)
@@ -66,12 +77,10 @@ def test_linear_uses_the_masked_weight(stores: str) -> None:
     assert torch.equal(layer(x), plain)
 
 
-@each_storage
+@each_kind
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_convolution_uses_the_masked_weight(
-    stores: str, memory_format: torch.memory_format
-) -> None:
-    layer = pp.nn.PowerConv2d(3, 4, 3, alpha=ALPHA, stores=stores).to(memory_format=memory_format)
+def test_convolution_uses_the_masked_weight(kind: str, memory_format: torch.memory_format) -> None:
+    layer = convolution(kind).to(memory_format=memory_format)
     x = torch.randn(2, 3, 7, 7)
     layer.mask = random_mask(4, 3, 3, 3)
     torch.testing.assert_close(layer(x), F.conv2d(x, shown_theta(layer), layer.bias))
@@ -93,9 +102,9 @@ def test_a_layer_that_stores_phi_masks_in_the_pass_of_the_power() -> None:
     assert ours == ["ppkernels::power", "ppkernels::power_backward"]
 
 
-@each_storage
-def test_hidden_values_survive_and_get_no_gradient(stores: str) -> None:
-    layer = linear(stores)
+@each_kind
+def test_hidden_values_survive_and_get_no_gradient(kind: str) -> None:
+    layer = linear(kind)
     stored = layer.weight.detach().clone()
     layer.mask = random_mask(5, 6)
     hidden = ~layer.mask.unpack()
@@ -114,17 +123,17 @@ def test_hidden_values_survive_and_get_no_gradient(stores: str) -> None:
     assert not layer.weight.grad[hidden].signbit().any()
 
 
-@each_storage
-def test_an_update_mask_does_not_change_the_forward(stores: str) -> None:
-    layer, x = linear(stores), torch.randn(3, 6)
+@each_kind
+def test_an_update_mask_does_not_change_the_forward(kind: str) -> None:
+    layer, x = linear(kind), torch.randn(3, 6)
     plain = layer(x)
     layer.update_mask = random_mask(5, 6)
     assert torch.equal(layer(x), plain)
 
 
-@each_storage
-def test_functional_gradients(stores: str) -> None:
-    layer, x = masked_linear(stores), torch.randn(3, 6)
+@each_kind
+def test_functional_gradients(kind: str) -> None:
+    layer, x = masked_linear(kind), torch.randn(3, 6)
     state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
 
     def loss(weight: Tensor) -> Tensor:
@@ -135,10 +144,10 @@ def test_functional_gradients(stores: str) -> None:
     torch.testing.assert_close(grad, layer.weight.grad)
 
 
-@each_storage
+@each_kind
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_layers_see_each_new_mask(stores: str, backend: str) -> None:
-    model = nn.Sequential(linear(stores), pp.nn.PowerLinear(5, 5, alpha=ALPHA, stores=stores))
+def test_compiled_layers_see_each_new_mask(kind: str, backend: str) -> None:
+    model = nn.Sequential(linear(kind), linear(kind, 5))
     x = torch.randn(3, 6)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -160,9 +169,9 @@ def test_compiled_layers_see_each_new_mask(stores: str, backend: str) -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
-@each_storage
-def test_export(stores: str) -> None:
-    layer, x = masked_linear(stores), torch.randn(3, 6)
+@each_kind
+def test_export(kind: str) -> None:
+    layer, x = masked_linear(kind), torch.randn(3, 6)
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), layer(x))
 
@@ -212,19 +221,20 @@ def test_a_weight_of_another_shape_does_not_fit_under_a_mask(name: str) -> None:
     layer.weight = nn.Parameter(torch.ones(4, 6))
 
 
-@each_storage
-def test_repr_shows_how_much_is_kept(stores: str) -> None:
-    layer = linear(stores)
+@each_kind
+def test_repr_shows_how_much_is_kept(kind: str) -> None:
+    layer = linear(kind)
     assert "mask" not in repr(layer)
     layer.update_mask = BitMask.pack(torch.arange(30).view(5, 6) < 7)
-    assert repr(layer).endswith(f"alpha=1.5, stores='{stores}', update_mask=7/30)")
+    before = "bias=True" if kind == "plain" else f"alpha=1.5, stores='{kind}'"
+    assert repr(layer).endswith(f"{before}, update_mask=7/30)")
     layer.mask = BitMask.ones((5, 6))
-    assert repr(layer).endswith(f"stores='{stores}', update_mask=7/30, mask=30/30)")
+    assert repr(layer).endswith(f"{before}, update_mask=7/30, mask=30/30)")
 
 
-@each_storage
-def test_set_theta_stores_what_is_hidden_too(stores: str) -> None:
-    layer, values = masked_linear(stores), torch.randn(5, 6)
+@each_kind
+def test_set_theta_stores_what_is_hidden_too(kind: str) -> None:
+    layer, values = masked_linear(kind), torch.randn(5, 6)
     layer.set_theta(values)
     torch.testing.assert_close(layer.theta, torch.where(layer.mask.unpack(), values, 0.0))
     layer.mask = None
@@ -234,10 +244,10 @@ def test_set_theta_stores_what_is_hidden_too(stores: str) -> None:
 # ---- copies, casts, devices
 
 
-@each_storage
+@each_kind
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies(stores: str, duplicate: object) -> None:
-    layer, x = masked_linear(stores), torch.randn(3, 6)
+def test_copies(kind: str, duplicate: object) -> None:
+    layer, x = masked_linear(kind), torch.randn(3, 6)
     twin = duplicate(nn.Sequential(layer))[0]
     assert same_masks(twin, layer)
     assert torch.equal(twin(x), layer(x))
@@ -245,9 +255,9 @@ def test_copies(stores: str, duplicate: object) -> None:
     assert layer.mask is not None
 
 
-@each_storage
-def test_casts_and_devices(stores: str) -> None:
-    layer = masked_linear(stores)
+@each_kind
+def test_casts_and_devices(kind: str) -> None:
+    layer = masked_linear(kind)
     update_mask, mask = layer.update_mask, layer.mask
     for cast in (
         lambda: layer.bfloat16(),
@@ -262,7 +272,7 @@ def test_casts_and_devices(stores: str) -> None:
         assert layer.mask == mask
     assert layer.mask.words.is_shared()
     with torch.device("meta"):
-        absent = linear(stores)
+        absent = linear(kind)
     absent.mask = mask
     assert absent(torch.empty(3, 6, device="meta")).is_meta
     assert absent.to_empty(device="cpu").mask == mask
@@ -270,9 +280,9 @@ def test_casts_and_devices(stores: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.gpu
-@each_storage
-def test_masks_follow_to_the_gpu(stores: str) -> None:
-    layer, x = masked_linear(stores), torch.randn(3, 6)
+@each_kind
+def test_masks_follow_to_the_gpu(kind: str) -> None:
+    layer, x = masked_linear(kind), torch.randn(3, 6)
     expected, mask = layer(x), layer.mask
     layer.cuda()
     assert layer.mask.device.type == layer.update_mask.device.type == "cuda"
@@ -285,11 +295,11 @@ def test_masks_follow_to_the_gpu(stores: str) -> None:
 # ---- averages
 
 
-@each_storage
+@each_kind
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("multi_avg_fn", [None, get_ema_multi_avg_fn(0.5)])
-def test_averaged_model(stores: str, use_buffers: bool, multi_avg_fn: object) -> None:
-    layer, x = masked_linear(stores), torch.randn(3, 6)
+def test_averaged_model(kind: str, use_buffers: bool, multi_avg_fn: object) -> None:
+    layer, x = masked_linear(kind), torch.randn(3, 6)
     averaged = AveragedModel(layer, multi_avg_fn=multi_avg_fn, use_buffers=use_buffers)
     before = copy.deepcopy(layer)
     for _ in range(3):
@@ -298,9 +308,9 @@ def test_averaged_model(stores: str, use_buffers: bool, multi_avg_fn: object) ->
     assert torch.equal(averaged(x), layer(x))
 
 
-@each_storage
-def test_an_average_over_state_dicts_leaves_the_masks_alone(stores: str) -> None:
-    layer, other = masked_linear(stores), masked_linear(stores)
+@each_kind
+def test_an_average_over_state_dicts_leaves_the_masks_alone(kind: str) -> None:
+    layer, other = masked_linear(kind), masked_linear(kind)
     before = copy.deepcopy(layer)
     theirs = other.state_dict()
     for name, tensor in layer.state_dict().items():
@@ -325,15 +335,15 @@ def through_safetensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors.load(tensors.save(state))
 
 
-@each_storage
+@each_kind
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("save", [through_a_file, through_safetensors])
-def test_a_fresh_model_takes_the_masks(stores: str, assign: bool, save: object) -> None:
-    model = nn.Sequential(masked_linear(stores), nn.ReLU(), nn.Linear(5, 2))
+def test_a_fresh_model_takes_the_masks(kind: str, assign: bool, save: object) -> None:
+    model = nn.Sequential(masked_linear(kind), nn.ReLU(), nn.Linear(5, 2))
     state = model.state_dict()
     assert {"0.update_mask", "0.mask"} <= set(state)
     assert state["0.mask"].dtype == torch.uint8
-    fresh = nn.Sequential(linear(stores), nn.ReLU(), nn.Linear(5, 2))
+    fresh = nn.Sequential(linear(kind), nn.ReLU(), nn.Linear(5, 2))
     fresh.load_state_dict(save(state), strict=True, assign=assign)
     assert same_masks(fresh[0], model[0])
     x = torch.randn(3, 6)
@@ -355,17 +365,17 @@ def test_one_mask_alone(name: str) -> None:
     assert getattr(fresh, other) is None
 
 
-@each_storage
-def test_a_powered_checkpoint_without_masks_clears_them(stores: str) -> None:
-    layer = masked_linear(stores)
-    layer.load_state_dict(linear(stores).state_dict())
+@each_form
+def test_a_powered_checkpoint_without_masks_clears_them(kind: str) -> None:
+    layer = masked_linear(kind)
+    layer.load_state_dict(linear(kind).state_dict())
     assert layer.update_mask is None
     assert layer.mask is None
 
 
-@each_storage
-def test_a_plain_checkpoint_leaves_them(stores: str) -> None:
-    layer = masked_linear(stores)
+@each_kind
+def test_a_plain_checkpoint_leaves_them(kind: str) -> None:
+    layer = masked_linear(kind)
     before, plain = copy.deepcopy(layer), nn.Linear(6, 5)
     layer.load_state_dict(plain.state_dict())
     assert same_masks(layer, before)
@@ -409,16 +419,16 @@ def test_a_plain_layer_refuses_the_masks() -> None:
 # ---- powerize, fold
 
 
-@each_storage
-def test_fold_gives_the_masked_weight(stores: str) -> None:
-    model, x = nn.Sequential(masked_linear(stores)), torch.randn(3, 6)
+@each_kind
+def test_fold_gives_the_masked_weight(kind: str) -> None:
+    model, x = nn.Sequential(masked_linear(kind)), torch.randn(3, 6)
     expected, theta = model(x), model[0].theta.detach().clone()
     pp.fold(model)
     assert type(model[0]) is nn.Linear
     assert torch.equal(model(x), expected)
     assert torch.equal(model[0].weight, theta)
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
-    pp.powerize(model, ALPHA, stores)
+    pp.powerize(model, ALPHA)
     assert model[0].mask is None
     assert model[0].update_mask is None
 
