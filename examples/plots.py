@@ -23,14 +23,6 @@ class Layer(Protocol):
     mean_abs: float
 
 
-class Epoch(Protocol):
-    """What `over_epochs` asks of an epoch."""
-
-    small: float
-    alpha: float
-    kept: float
-
-
 # {what it is called: {layer: θ as one row of numbers}}
 Weights = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -95,6 +87,7 @@ def accuracy_against_kept(
     highlight: Collection[str] = (),
     dashed: Mapping[str, np.ndarray] | None = None,
     dashed_as: str = "",
+    lowest: float | None = None,
 ) -> None:
     """Test accuracy against the share of weights that pruning keeps, to the file ``path``.
 
@@ -109,6 +102,7 @@ def accuracy_against_kept(
         highlight: the networks that stand out in red.
         dashed: for some of the networks other accuracies, which get dashed lines of their colour.
         dashed_as: what was done to the networks of the dashed lines.
+        lowest: the accuracy at the lower edge, where lines may leave the picture.
     """
     figure, axis = plt.subplots(figsize=(7.2, 4.8))
     percents = 100 * np.asarray(kept)
@@ -118,6 +112,8 @@ def accuracy_against_kept(
     for label, accuracies in (dashed or {}).items():
         name = f"{label}, {dashed_as}"
         _draw_with_band(axis, percents, 100 * accuracies, shades[label], name, "s--")
+    if lowest is not None:
+        axis.set_ylim(bottom=100 * lowest)
     axis.set_xscale("log")
     ticks = percents if len(percents) <= MOST_TICKS else [1, 2, 3, 5, 10, 20, 30, 50, 100]
     axis.set_xticks(ticks, [f"{percent:g}" for percent in ticks])
@@ -161,45 +157,40 @@ def against_depth(
 
 
 def over_epochs(
-    networks: Mapping[str, Sequence[Sequence[Epoch]]], epsilon: float, path: Path
+    networks: Mapping[str, Sequence[Sequence[object]]],
+    panels: Mapping[str, str],
+    path: Path,
+    highlight: Collection[str] = (),
 ) -> None:
-    """The share of small weights after each epoch, and what may change it, to the file ``path``.
-
-    That is α, where it changed, and the share of weights left, where some were pruned.
+    """Numbers after each epoch, a panel below the other, to the file ``path``.
 
     Args:
         networks: for each kind of network the epochs of each seed; several seeds get a band of ±1
             standard deviation.
-        epsilon: below which |θ| counts as small.
+        panels: which attributes of an epoch are drawn, and what the axis says; where that ends in
+            "%" the attribute is a share.
         path: where the PNG goes.
+        highlight: the networks that stand out in red.
     """
-    rows = {
-        "small": f"share of |θ| < {epsilon:g}, %",
-        "alpha": "α",
-        "kept": "share of weights kept, %",
-    }
-    every = {
-        name: {
-            label: np.array([[getattr(epoch, name) for epoch in epochs] for epochs in seeds])
-            for label, seeds in networks.items()
-        }
-        for name in rows
-    }
-    changing = ["small"] + [
-        name for name in ("alpha", "kept") if any(np.ptp(v) > 0 for v in every[name].values())
-    ]
     figure, axes = plt.subplots(
-        len(changing), 1, figsize=(7.2, 1.6 + 3 * len(changing)), sharex=True, squeeze=False
+        len(panels), 1, figsize=(7.2, 0.8 + 2.8 * len(panels)), sharex=True, squeeze=False
     )
-    for axis, name in zip(axes[:, 0], changing, strict=True):
-        for label, colour in colours(networks).items():
-            values = every[name][label] * (1 if name == "alpha" else 100)
-            _draw_with_band(axis, range(1, values.shape[1] + 1), values, colour, label)
-        axis.set_ylabel(rows[name])
+    shades = colours(networks, highlight)
+    for axis, (name, heading) in zip(axes[:, 0], panels.items(), strict=True):
+        for label, seeds in networks.items():
+            values = np.array([[getattr(epoch, name) for epoch in epochs] for epochs in seeds])
+            values = values * (100 if heading.endswith("%") else 1)
+            # Where two of the highlighted lie on each other, both are seen.
+            style = "--" if label in list(highlight)[1:] else "-"
+            epochs = range(1, values.shape[1] + 1)
+            _draw_with_band(axis, epochs, values, shades[label], label, style)
+        axis.set_ylabel(heading)
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("epoch")
     axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-    axes[0, 0].legend()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    columns = min(len(labels), 4)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     save(figure, path)
 
 

@@ -77,14 +77,15 @@ def show(runs: Sequence[Run], console: Console) -> None:
     console.print(table)
 
 
-def percent(shares: Iterable[float]) -> str:
+def percent(shares: Iterable[float], digits: int = 2) -> str:
     """Mean of ``shares`` in percent; with the standard deviation where they are several."""
     values = [100 * share for share in shares]
-    mean = f"{statistics.fmean(values):.2f}"
+    mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) == 1:
         return mean
-    # Four characters: a deviation of 10 and more has one decimal, and the table keeps its width.
-    return f"{mean}±{statistics.stdev(values):.2f}"[: len(mean) + 5]
+    # A deviation of 10 and more has one decimal less, and the table keeps its width.
+    deviation = f"{statistics.stdev(values):.{digits}f}"[: digits + 2].rstrip(".")
+    return f"{mean}±{deviation}"
 
 
 def save(

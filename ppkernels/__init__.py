@@ -25,7 +25,7 @@ from ppkernels.ops import (
     topk_mask,
     unpack_bits,
 )
-from ppkernels.sparsity import AdaptiveAlpha, AlphaRecord
+from ppkernels.sparsity import AdaptiveAlpha, AlphaRecord, LayerReport, Report, report
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,8 @@ __all__ = [
     "AdaptiveAlpha",
     "AlphaRecord",
     "BitMask",
+    "LayerReport",
+    "Report",
     "Statistics",
     "adam_step_",
     "apply_mask",
@@ -55,6 +57,7 @@ __all__ = [
     "powerize",
     "rebase",
     "reference",
+    "report",
     "set_alpha",
     "sgd_step_",
     "sparsity",

@@ -6,6 +6,7 @@ from ppkernels.sparsity.distributions import ERK, Distribution, Global, PerLayer
 from ppkernels.sparsity.entries import Kept
 from ppkernels.sparsity.norms import reestimate_batch_norm
 from ppkernels.sparsity.pruner import Pruner
+from ppkernels.sparsity.report import LayerReport, Report, report
 from ppkernels.sparsity.schedules import Cosine, Cubic, Iterative, OneShot, Schedule
 from ppkernels.sparsity.scores import Gradient, Magnitude, Random, Score, Sensitivity
 from ppkernels.sparsity.types import ConstantFanIn, NofM, Type, Unstructured
@@ -24,12 +25,14 @@ __all__ = [
     "Gradient",
     "Iterative",
     "Kept",
+    "LayerReport",
     "Magnitude",
     "NofM",
     "OneShot",
     "PerLayer",
     "Pruner",
     "Random",
+    "Report",
     "Schedule",
     "Score",
     "Sensitivity",
@@ -41,4 +44,5 @@ __all__ = [
     "Weight",
     "entries_of",
     "reestimate_batch_norm",
+    "report",
 ]

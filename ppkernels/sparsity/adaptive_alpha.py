@@ -13,15 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ppkernels._checks import check_word
-from ppkernels._powered import Keep, PoweredLayer, powered_layers, weight_parameter
+from ppkernels._powered import Keep
 from ppkernels.nn import set_alpha
-from ppkernels.ops import statistics
 from ppkernels.sparsity.momentum import check_follows, follow_alpha
+from ppkernels.sparsity.phases import Entries, Phase, phases_of, sparsity_of
 
-Entries = Literal["all", "trained"]
-
-# What a record calls all powered layers together.
-MODEL = "model"
+Decision = Literal["rise", "fall", "hold"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,8 @@ class AlphaRecord:
         layer: the layer's name; ``"model"`` for all layers together.
         alpha: α in the last of these epochs.
         sparsity: the share of entries with |θ| < ε that they ended with.
-        decision: ``"rise"`` or ``"fall"``; None in an epoch without decision.
-        next_alpha: α from here on; that of before where nothing was decided, or at a bound.
+        decision: ``"rise"``, ``"fall"``, or ``"hold"`` at the bound; None where none was due.
+        next_alpha: α from here on.
         next_sparsity: the share of entries with |θ| < ε right after the change, with no training.
     """
 
@@ -42,32 +39,24 @@ class AlphaRecord:
     layer: str
     alpha: float
     sparsity: float
-    decision: Literal["rise", "fall"] | None
+    decision: Decision | None
     next_alpha: float
     next_sparsity: float
-
-
-@dataclass
-class _Phase:
-    """Where the algorithm stands, for the model or for one layer."""
-
-    layers: dict[str, PoweredLayer]
-    old_sparsity: float | None = None
-    init: bool = True
 
 
 class AdaptiveAlpha:
     """Adapts the exponent of a model's powered layers to how sparse training makes them.
 
-    Every ``period`` epochs the sparsity s, the share of entries with |θ| < ε, is compared with
-    s_old, that of the decision before::
+    Every ``period`` epochs the sparsity s(α), the share of entries with |θ| < ε after training with
+    α, is compared with s(α_old), that measured at the decision before::
 
-        s ≥ s_old, or the first decision:   α ← 1 + cr·(α − 1)     in the initial phase
-                                            α ← α + cd              after it
-        s < s_old:                          α ← 1 + (α − 1)/cr      and the initial phase is over
+        s(α) ≥ s(α_old), or the first decision:   α ← 1 + cr·(α − 1)   in the initial phase
+                                                  α ← α + cd            after it
+        s(α) < s(α_old):                          α ← 1 + (α − 1)/cr    and the initial phase ends
 
-    and then α ← min(α, alpha_max). s is measured after the epochs that were trained with α, before
-    α changes. At the bound α stays as it is until s falls.
+    and then α ← min(α, alpha_max). Where α = α_old, at the bound, the condition holds without a
+    look: two measurements of one α differ by chance. So α may fall at the first decision after it
+    has reached the bound, and stays there otherwise.
 
     Call `step` *before* each epoch::
 
@@ -81,10 +70,11 @@ class AdaptiveAlpha:
     change after the last one would leave a network that nobody has trained.
 
     With ``keep="phi"``, as in the report, θ jumps to sign(θ)·|θ|^(α'/α): each rise by itself makes
-    the weights below 1 smaller, and more of them less than ε, which training then corrects; each
-    fall does the opposite, so that after the first one s is often below s_old again, and α goes on
-    falling towards 1. The records tell the jump (``next_sparsity``) from the training after it.
-    With ``keep="theta"`` the network stays as it is, and only its further training changes.
+    the weights below 1 smaller and more of them less than ε, and training brings back those that
+    matter; each fall does the opposite. So a rise is mostly followed by another one, which is what
+    the bound is for, and a fall by further ones, towards α = 1. The records tell the jump
+    (``next_sparsity``) from the training after it. With ``keep="theta"`` the network stays as it
+    is, and only its further training changes.
 
     α changes in place: no new graph under torch.compile, the same Parameters for the optimizer. All
     processes of a distributed training measure the same weights and decide alike.
@@ -97,8 +87,9 @@ class AdaptiveAlpha:
         cr: the factor of a geometric change of α − 1, > 1.
         cd: the step of an additive rise, > 0.
         keep: ``"phi"`` or ``"theta"``, as in `pp.set_alpha`.
-        alpha_max: the bound; math.inf for none. The default is 4: there float16 has 0 for the θ of
-            |φ| < 0.013 already, and learning rates that serve smaller exponents may diverge.
+        alpha_max: the bound; math.inf for none. A rate of learning that serves α = 3 may diverge
+            above it: on MNIST (784-256-10, SGD of rate 0.1, momentum 0.9, φ kept) the virtual rule
+            did at α = 3.8; the chain rule lost accuracy from 5.3 on, and at 10.6 it diverged.
         per_layer: adapt each layer by its own sparsity. Otherwise all have one α.
         entries: which entries are counted: ``"all"``, those that ``mask`` hides as 0; or
             ``"trained"``, those whose bits in ``mask`` and ``update_mask`` are not 0, so that
@@ -134,7 +125,7 @@ class AdaptiveAlpha:
         cr: float = 1.5,
         cd: float = 0.1,
         keep: Keep = "phi",
-        alpha_max: float = 4.0,
+        alpha_max: float = 3.0,
         per_layer: bool = False,
         entries: Entries = "all",
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -155,7 +146,7 @@ class AdaptiveAlpha:
                 "AdaptiveAlpha: keep='theta' makes phi another one, and an optimizer's averages of "
                 "its gradients have to follow; pass optimizer=..."
             )
-        self._phases = _phases(model, per_layer)
+        self._phases = phases_of(model, per_layer)
         self.epoch = 0
         self.history: list[AlphaRecord] = []
         for name, phase in self._phases.items():
@@ -188,7 +179,7 @@ class AdaptiveAlpha:
         return self._note(self._look())
 
     def _look(self) -> list[AlphaRecord]:
-        sparsity = self._sparsity()
+        sparsity = sparsity_of(self._phases, self.epsilon, self.entries)
         return [
             AlphaRecord(self.epoch, name, alpha, sparsity[name], None, alpha, sparsity[name])
             for name, phase in self._phases.items()
@@ -196,21 +187,17 @@ class AdaptiveAlpha:
         ]
 
     def _act(self) -> list[AlphaRecord]:
-        sparsity = self._sparsity()
+        sparsity = sparsity_of(self._phases, self.epsilon, self.entries)
         alphas = {name: self._alpha(name, phase) for name, phase in self._phases.items()}
-        for layer in self._layers().values():
-            for optimizer in self._optimizers:
-                check_follows(optimizer, layer)
-        decisions: dict[str, Literal["rise", "fall"]] = {}
-        changed = {}
+        decisions, changed = {}, {}
         for name, phase in self._phases.items():
-            old = phase.old_sparsity
-            decisions[name] = "rise" if old is None or sparsity[name] >= old else "fall"
-            phase.old_sparsity = sparsity[name]
-            phase.init = phase.init and decisions[name] == "rise"
-            changed[name] = self._next_alpha(alphas[name], decisions[name], phase.init)
+            decisions[name], changed[name] = self._decide(phase, alphas[name], sparsity[name])
+            self._check(phase)
+        for name, phase in self._phases.items():
             self._change(phase, alphas[name], changed[name])
-        after = self._sparsity()
+            phase.init = phase.init and decisions[name] != "fall"
+            phase.old_alpha, phase.old_sparsity = alphas[name], sparsity[name]
+        after = sparsity_of(self._phases, self.epsilon, self.entries)
         return [
             AlphaRecord(
                 self.epoch,
@@ -224,14 +211,22 @@ class AdaptiveAlpha:
             for name in self._phases
         ]
 
-    def _next_alpha(self, alpha: float, decision: Literal["rise", "fall"], init: bool) -> float:
-        if decision == "fall":
-            chosen = 1 + (alpha - 1) / self.cr
-        else:
-            chosen = 1 + self.cr * (alpha - 1) if init else alpha + self.cd
-        return min(chosen, self.alpha_max)
+    def _decide(self, phase: Phase, alpha: float, sparsity: float) -> tuple[Decision, float]:
+        """The algorithm: what is decided, and the next α."""
+        is_new = phase.old_alpha is not None and phase.old_alpha != alpha
+        if is_new and sparsity < phase.old_sparsity:
+            return "fall", min(1 + (alpha - 1) / self.cr, self.alpha_max)
+        risen = 1 + self.cr * (alpha - 1) if phase.init else alpha + self.cd
+        chosen = min(risen, self.alpha_max)
+        return "rise" if chosen > alpha else "hold", chosen
 
-    def _change(self, phase: _Phase, before: float, after: float) -> None:
+    def _check(self, phase: Phase) -> None:
+        """Raise if an optimizer's state could not follow a change."""
+        for layer in phase.layers.values():
+            for optimizer in self._optimizers:
+                check_follows(optimizer, layer)
+
+    def _change(self, phase: Phase, before: float, after: float) -> None:
         if after == before:
             return
         layers = phase.layers.values()
@@ -248,14 +243,7 @@ class AdaptiveAlpha:
         self.history += records
         return records
 
-    # ---- what is measured
-
-    def _layers(self) -> dict[str, PoweredLayer]:
-        return {
-            name: layer for phase in self._phases.values() for name, layer in phase.layers.items()
-        }
-
-    def _alpha(self, name: str, phase: _Phase) -> float:
+    def _alpha(self, name: str, phase: Phase) -> float:
         alphas = {layer: float(powered.alpha) for layer, powered in phase.layers.items()}
         alpha = next(iter(alphas.values()))
         if any(other != alpha for other in alphas.values()):
@@ -270,33 +258,6 @@ class AdaptiveAlpha:
             )
         return alpha
 
-    def _sparsity(self) -> dict[str, float]:
-        """The share of small entries of each phase: one pass over the weights."""
-        layers = self._layers()
-        masks = {name: layer.mask for name, layer in layers.items()}
-        if self.entries == "trained":
-            masks = {name: _both(mask, layers[name].update_mask) for name, mask in masks.items()}
-        found = statistics(
-            {name: layer.weight.detach() for name, layer in layers.items()},
-            [self.epsilon],
-            {
-                name: layer.alpha if layer.stores == "phi" else None
-                for name, layer in layers.items()
-            },
-            within=masks,
-        )
-        shares = {}
-        for name, phase in self._phases.items():
-            below = sum(found[layer].below[self.epsilon] for layer in phase.layers)
-            count = seen = sum(found[layer].count for layer in phase.layers)
-            if self.entries == "all":
-                count = sum(layer.weight.numel() for layer in phase.layers.values())
-            if count == 0:
-                raise ValueError(f"AdaptiveAlpha: {name!r} has no entries to count")
-            # What a mask hides is 0 to the network.
-            shares[name] = (below + count - seen) / count
-        return shares
-
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,7 +267,11 @@ class AdaptiveAlpha:
             "epsilon": self.epsilon,
             "entries": self.entries,
             "phases": {
-                name: {"old_sparsity": phase.old_sparsity, "init": phase.init}
+                name: {
+                    "init": phase.init,
+                    "old_alpha": phase.old_alpha,
+                    "old_sparsity": phase.old_sparsity,
+                }
                 for name, phase in self._phases.items()
             },
             "history": [asdict(record) for record in self.history],
@@ -331,8 +296,9 @@ class AdaptiveAlpha:
                 )
         self.epoch = state["epoch"]
         for name, phase in self._phases.items():
-            phase.old_sparsity = state["phases"][name]["old_sparsity"]
-            phase.init = state["phases"][name]["init"]
+            saved = state["phases"][name]
+            phase.init = saved["init"]
+            phase.old_alpha, phase.old_sparsity = saved["old_alpha"], saved["old_sparsity"]
         self.history = [AlphaRecord(**record) for record in state["history"]]
 
     # ---- the picture
@@ -342,38 +308,6 @@ class AdaptiveAlpha:
         from ppkernels.sparsity.plots import alpha_history
 
         alpha_history(self.history, self.epsilon, path)
-
-
-def _phases(model: nn.Module, per_layer: bool) -> dict[str, _Phase]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"AdaptiveAlpha: model must be a torch.nn.Module, got {type(model).__name__}"
-        )
-    layers: dict[int, tuple[str, PoweredLayer]] = {}
-    for name, layer in powered_layers(model).items():
-        weight = weight_parameter(layer)
-        if weight is None:
-            raise RuntimeError(
-                f"AdaptiveAlpha: the weight of {name!r} is no longer a Parameter of its own "
-                "(torch.nn.utils.prune, parametrize or weight_norm has replaced it)"
-            )
-        # The wrapper that torch.compile makes would give the same layer another name.
-        layers.setdefault(id(weight), (name.removeprefix("_orig_mod."), layer))
-    if not layers:
-        raise ValueError(
-            f"AdaptiveAlpha: {type(model).__name__} holds no powered layer; pp.powerize makes them"
-        )
-    named = dict(layers.values())
-    if per_layer:
-        return {name: _Phase({name: layer}) for name, layer in named.items()}
-    return {MODEL: _Phase(named)}
-
-
-def _both(first: Any, second: Any) -> Any:
-    """The mask of what both masks have; None is one that has all."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first & second
 
 
 def _several(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ppkernels.sparsity.seen import bin_edges
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ppkernels.sparsity.adaptive_alpha import AlphaRecord
+    from ppkernels.sparsity.report import LayerReport, Report
+
+
+# Histograms in a row.
+_COLUMNS = 4
 
 
 def alpha_history(history: Sequence[AlphaRecord], epsilon: float, path: str | Path) -> None:
@@ -42,6 +51,57 @@ def alpha_history(history: Sequence[AlphaRecord], epsilon: float, path: str | Pa
     if len(layers) > 1:
         figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=140)
+
+
+def report_picture(report: Report, path: str | Path) -> None:
+    """A histogram of each layer's θ, and below them the shares of all, to the file ``path``."""
+    layers = report.layers
+    columns = min(len(layers), _COLUMNS)
+    rows = math.ceil(len(layers) / columns)
+    heights = [2.7 * rows, 1.2 + 0.17 * (1 + len(report.epsilons)) * (len(layers) + 1)]
+    figure = _figure("Report.plot", max(7.2, 3.6 * columns), sum(heights))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    axes = above.subplots(rows, columns, squeeze=False)
+    for axis, layer in zip(axes.flat, layers, strict=False):
+        _draw_histogram(axis, layer)
+    for axis in axes.flat[len(layers) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("entries per bin")
+    _draw_shares(below.subplots(), report)
+    figure.savefig(path, dpi=140)
+
+
+def _draw_histogram(axis: Axes, layer: LayerReport) -> None:
+    found = layer.statistics
+    alpha = "" if layer.alpha is None else f", α = {layer.alpha:.4g}"
+    axis.set_title(f"{layer.name}: {layer.kind}{alpha}", fontsize="medium")
+    axis.stairs(found.histogram, bin_edges(found), fill=True, color="C0")
+    if layer.entries:
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=0.7)
+    axis.set_xlabel("θ")
+    axis.grid(alpha=0.3)
+
+
+def _draw_shares(axis: Axes, report: Report) -> None:
+    layers = [layer for layer in (*report.layers, report.total) if layer.entries]
+    bars = {"kept": [layer.share_kept for layer in layers]}
+    for epsilon in report.epsilons:
+        shares = [layer.statistics.share_below(epsilon) for layer in layers]
+        bars[f"|θ| < {epsilon:g}"] = shares
+    height = 0.8 / len(bars)
+    for index, (label, shares) in enumerate(bars.items()):
+        places = [row + (index - (len(bars) - 1) / 2) * height for row in range(len(layers))]
+        drawn = axis.barh(places, [100 * share for share in shares], height, label=label)
+        axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize="x-small")
+    axis.set_yticks(range(len(layers)), [layer.name for layer in layers])
+    axis.set_ylim(len(layers) - 0.5, -0.5)
+    axis.set_xlim(0, 107)
+    axis.set_xlabel("share of entries, %")
+    axis.set_axisbelow(True)
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(bars), frameon=False)
 
 
 def _figure(caller: str, width: float, height: float) -> Figure:

@@ -1,0 +1,313 @@
+"""`pp.report`: what the weights of a model are, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+from ppkernels._powered import PoweredLayer, is_powered
+from ppkernels.ops import BitMask, Statistics
+from ppkernels.sparsity.seen import bin_edges, seen
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The weight of one layer, or of all together, as the network sees it.
+
+    Attributes:
+        name: the layer's name in the model; ``"total"`` for all.
+        tied: names of other layers that have the same weight.
+        kind: the layer's class; empty for all.
+        shape: of the weight; None for all.
+        dtype: of the weight, ``"float32"`` say; where layers differ, None for all.
+        alpha: α; None for a plain layer, and for all where they differ.
+        stores: ``"theta"`` or ``"phi"``; None for a plain layer, and for all where they differ.
+        kept: how many entries have θ ≠ 0.
+        frozen: how many entries no step moves: the bit of ``update_mask`` is 0, or the weight does
+            not require a gradient.
+        statistics: of θ, an entry that ``mask`` hides being 0; the histogram is from −m to m, m the
+            largest |θ|; none for all.
+        bytes_dense: entries · bytes of one.
+        bytes_packed: kept · bytes of one + ⌈entries / 8⌉, the kept values and a mask of one bit an
+            entry; ``bytes_dense`` where that is less.
+    """
+
+    name: str
+    tied: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    alpha: float | None
+    stores: str | None
+    kept: int
+    frozen: int
+    statistics: Statistics
+    bytes_dense: int
+    bytes_packed: int
+
+    @property
+    def entries(self) -> int:
+        """How many entries the weight has."""
+        return self.statistics.count
+
+    @property
+    def share_kept(self) -> float:
+        """kept / entries; NaN of no entries."""
+        return self.kept / self.entries if self.entries else float("nan")
+
+    @property
+    def share_frozen(self) -> float:
+        """frozen / entries; NaN of no entries."""
+        return self.frozen / self.entries if self.entries else float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers under their names, with shares; None where there is none of them."""
+        found = self.statistics
+        has_entries = self.entries > 0
+        shares = {str(epsilon): found.share_below(epsilon) for epsilon in found.below}
+        return {
+            "name": self.name,
+            "tied": list(self.tied),
+            "kind": self.kind,
+            "shape": None if self.shape is None else list(self.shape),
+            "dtype": self.dtype,
+            "alpha": self.alpha,
+            "stores": self.stores,
+            "entries": self.entries,
+            "kept": self.kept,
+            "share_kept": self.share_kept if has_entries else None,
+            "frozen": self.frozen,
+            "share_frozen": self.share_frozen if has_entries else None,
+            "share_below": shares if has_entries else dict.fromkeys(shares),
+            "min": found.min if has_entries else None,
+            "max": found.max if has_entries else None,
+            "mean": found.mean if has_entries else None,
+            "mean_abs": found.mean_abs if has_entries else None,
+            "bytes_dense": self.bytes_dense,
+            "bytes_packed": self.bytes_packed,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `pp.report` found. ``str(report)`` is a table.
+
+    Attributes:
+        layers: one `LayerReport` for each weight, in the model's order.
+        total: the same of all of them together.
+        other_parameters: how many entries the model's other parameters have: biases, norms,
+            embeddings.
+    """
+
+    layers: tuple[LayerReport, ...]
+    total: LayerReport
+    other_parameters: int
+
+    @property
+    def epsilons(self) -> tuple[float, ...]:
+        """The ε for which entries with |θ| < ε were counted."""
+        return tuple(self.total.statistics.below)
+
+    def __str__(self) -> str:
+        from ppkernels.sparsity.table import report_table
+
+        return report_table(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers but the histograms, as json.dumps takes them; each ε as a string."""
+        return {
+            "layers": [layer.as_dict() for layer in self.layers],
+            "total": self.total.as_dict(),
+            "other_parameters": self.other_parameters,
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Draw a histogram of each layer's θ, and the shares, to the file ``path``.
+
+        Raises:
+            ImportError: there is no matplotlib.
+            ValueError: the report was made with ``bins=0``.
+        """
+        from ppkernels.sparsity.plots import report_picture
+
+        self._check_histograms("plot")
+        report_picture(self, path)
+
+    def to_tensorboard(self, writer: Any, step: int) -> None:
+        """Add scalars, and the histograms of θ, to a torch.utils.tensorboard.SummaryWriter.
+
+        The tags are ``kept``, ``frozen`` (shares), ``below_<ε>``, ``mean``, ``mean_abs`` and
+        ``alpha``, each followed by ``/<layer>`` or ``/total``, and ``theta/<layer>``. The weights
+        are not read again, nor copied.
+
+        Raises:
+            ValueError: the report was made with ``bins=0``.
+        """
+        self._check_histograms("to_tensorboard")
+        for layer in (*self.layers, self.total):
+            if layer.entries == 0:
+                continue
+            found = layer.statistics
+            scalars = {"kept": layer.share_kept, "frozen": layer.share_frozen}
+            for epsilon in found.below:
+                scalars[f"below_{epsilon:g}"] = found.share_below(epsilon)
+            scalars |= {"mean": found.mean, "mean_abs": found.mean_abs}
+            if layer.alpha is not None:
+                scalars["alpha"] = layer.alpha
+            for tag, value in scalars.items():
+                writer.add_scalar(f"{tag}/{layer.name}", value, step)
+            if found.range is not None:
+                writer.add_histogram_raw(
+                    f"theta/{layer.name}",
+                    min=found.min,
+                    max=found.max,
+                    num=found.count,
+                    sum=found.sum,
+                    sum_squares=found.sum_square,
+                    bucket_limits=bin_edges(found)[1:],
+                    bucket_counts=list(found.histogram),
+                    global_step=step,
+                )
+
+    def _check_histograms(self, method: str) -> None:
+        if not any(layer.statistics.histogram for layer in self.layers):
+            raise ValueError(
+                f"Report.{method}: the report has no histograms; make it with bins > 0"
+            )
+
+
+def report(
+    model: nn.Module, epsilons: Sequence[float] = (1e-3, 1e-2), *, bins: int = 101
+) -> Report:
+    """What the weights of ``model`` are, layer by layer: kept, frozen, small, their size in bytes.
+
+    Listed are powered layers, and all others of the classes nn.Linear and nn.Conv*, transposed ones
+    and subclasses included, masked or plain. All numbers are of θ as the network sees it: powered,
+    and 0 where a mask hides it. A weight that layers share comes once, under the first one's name.
+
+    Each weight is read twice: for the extremes, sums and counts, and for the histogram, whose range
+    the first pass finds; once with ``bins=0``. θ is not written anywhere. A GPU is waited for.
+
+    Args:
+        model: any module, or a layer.
+        epsilons: the ε > 0 for which entries with |θ| < ε are counted.
+        bins: bins of each histogram; an odd number has 0 in the middle of one.
+
+    Returns:
+        a `Report`, which keeps nothing of the model: ``print(report)``, ``.as_dict()``,
+        ``.plot(path)``, ``.to_tensorboard(writer, step)``.
+
+    Raises:
+        TypeError: no module.
+        ValueError: no such layer; an ε that is not positive; a weight without values (lazy, or on
+            the meta device), or with NaN or infinity in it, which the error names.
+
+    Example::
+
+        print(pp.report(model))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
+    for epsilon in epsilons:
+        if not epsilon > 0:
+            raise ValueError(f"report: epsilons must be > 0, got {epsilon}")
+    found: dict[int, tuple[str, nn.Module, Tensor, list[str]]] = {}
+    own: set[int] = set()
+    for name, layer in _layers(model):
+        weight = cast(Tensor, layer.weight)
+        parameters = {id(p) for p in layer.parameters() if p is not layer.bias}
+        # What the weight comes from is a parameter of its own under torch.nn.utils.
+        key = id(weight) if id(weight) in parameters else id(layer)
+        own |= parameters
+        if key in found:
+            found[key][3].append(name)
+        else:
+            found[key] = (name, layer, weight, [])
+    if not found:
+        raise ValueError(
+            f"report: {type(model).__name__} holds no powered, linear or convolution layer"
+        )
+    layers = tuple(
+        _layer_report(name, layer, weight.detach(), tuple(tied), epsilons, bins)
+        for name, layer, weight, tied in found.values()
+    )
+    others = sum(p.numel() for p in model.parameters() if id(p) not in own and not is_lazy(p))
+    return Report(layers, _total(layers), others)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if not (is_powered(module) or isinstance(module, (nn.Linear, _ConvNd))):
+            continue
+        # The wrapper that torch.compile makes would give the same layer another name.
+        name = name.removeprefix("_orig_mod.") or type(module).__name__
+        if isinstance(module, LazyModuleMixin):
+            raise ValueError(f"report: {name!r} is lazy; run a batch through the model first")
+        if cast(Tensor, module.weight).is_meta:
+            raise ValueError(f"report: {name!r} is on the meta device and holds no values")
+        yield name, module
+
+
+def _layer_report(
+    name: str,
+    layer: nn.Module,
+    weight: Tensor,
+    tied: tuple[str, ...],
+    epsilons: Sequence[float],
+    bins: int,
+) -> LayerReport:
+    powered = cast(PoweredLayer, layer) if is_powered(layer) else None
+    mask, update_mask = (_mask_of(layer, each) for each in ("mask", "update_mask"))
+    entries, size = weight.numel(), weight.element_size()
+    found, zeros = seen(name, weight, powered, mask, epsilons, bins)
+    is_trained = cast(Tensor, layer.weight).requires_grad
+    trained = (entries if update_mask is None else update_mask.count()) if is_trained else 0
+    kept = entries - zeros
+    return LayerReport(
+        name=name,
+        tied=tied,
+        kind=type(layer).__name__,
+        shape=tuple(weight.shape),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        alpha=None if powered is None else float(powered.alpha),
+        stores=None if powered is None else powered.stores,
+        kept=kept,
+        frozen=entries - trained,
+        statistics=found,
+        bytes_dense=entries * size,
+        bytes_packed=min(kept * size + (entries + 7) // 8, entries * size),
+    )
+
+
+def _mask_of(layer: nn.Module, name: str) -> BitMask | None:
+    mask = getattr(layer, name, None)
+    return mask if isinstance(mask, BitMask) else None
+
+
+def _total(layers: Sequence[LayerReport]) -> LayerReport:
+    def common(values: list[Any]) -> Any:
+        return values[0] if len(set(values)) == 1 else None
+
+    return LayerReport(
+        name="total",
+        tied=(),
+        kind="",
+        shape=None,
+        dtype=common([layer.dtype for layer in layers]),
+        alpha=common([layer.alpha for layer in layers]),
+        stores=common([layer.stores for layer in layers]),
+        kept=sum(layer.kept for layer in layers),
+        frozen=sum(layer.frozen for layer in layers),
+        statistics=Statistics.combined(
+            replace(layer.statistics, histogram=(), range=None) for layer in layers
+        ),
+        bytes_dense=sum(layer.bytes_dense for layer in layers),
+        bytes_packed=sum(layer.bytes_packed for layer in layers),
+    )
