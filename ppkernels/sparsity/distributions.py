@@ -72,8 +72,9 @@ class ERK:
     """Erdős–Rényi-Kernel: layers with few weights for their width keep a larger share.
 
     A layer of shape s keeps min(1, ε·Σs / Πs), for a linear layer min(1, ε·(in + out) / (in·out)),
-    with one ε for all, such that exactly ⌊kept · N⌋ weights are kept in all. What is left over
-    after rounding down goes, one weight a layer, where most was rounded off.
+    with one ε for all, such that exactly ⌊kept · N⌋ weights are kept in all at the end of the
+    schedule. What is left over after rounding down goes, one weight a layer, where most was rounded
+    off.
 
     Source: Evci et al., "Rigging the lottery: making all tickets winners", 2020, section 3.
     """
@@ -96,7 +97,8 @@ class ERK:
 class PerLayer:
     """Each layer keeps its own share: ⌊kept[name] · n⌋ of its n weights.
 
-    So the schedule has none: ``Pruner(model, OneShot(None), distribution=PerLayer({...}))``.
+    So the schedule has none: ``Pruner(model, OneShot(None), distribution=PerLayer({...}))``; in a
+    gradual one each layer goes the curve to its own share.
 
     Args:
         kept: by the names of all layers that are pruned, shares from 0 to 1.
@@ -117,7 +119,8 @@ class PerLayer:
         """The shares given."""
         if kept is not None:
             raise ValueError(
-                f"PerLayer: it has the shares itself, so the schedule's must be None, got {kept}"
+                "PerLayer: it has the shares itself, so that of the schedule, or of prune(), must "
+                f"be None, got {kept}"
             )
         _check_names("PerLayer", self.kept, sizes)
         missing = [name for name in sizes if name not in self.kept]
