@@ -14,6 +14,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from ppkernels._checks import is_captured
 from ppkernels.ops import BitMask
 
 Stores = Literal["theta", "phi"]
@@ -239,3 +240,44 @@ def theta_layer(parameter: Tensor) -> PoweredLayer | None:
             )
         return layer
     return None
+
+
+def update_mask_of(optimizer: str, parameter: Tensor) -> BitMask | None:
+    """The mask under which ``optimizer`` has to step ``parameter``, or None.
+
+    Raises:
+        RuntimeError: a mask that says nothing of the entries of ``parameter``: it is another
+            shape's, or torch.nn.utils has put something between the two.
+    """
+    layer = freezing_layer(parameter)
+    if layer is None or (mask := layer.update_mask) is None:
+        return None
+    if weight_parameter(layer) is not parameter:
+        raise RuntimeError(
+            f"{optimizer}: {layer} has an update_mask, but its weight is no longer a Parameter of "
+            "its own (torch.nn.utils.prune, parametrize or weight_norm has replaced it), so no "
+            "entry of it can be frozen; undo that, or set the layer's update_mask to None"
+        )
+    if mask.shape != parameter.shape:
+        raise RuntimeError(
+            f"{optimizer}: the update_mask of {layer} has shape {tuple(mask.shape)}, and its "
+            f"weight has shape {tuple(parameter.shape)}; give the layer a mask of the weight's "
+            "shape, or None"
+        )
+    return mask
+
+
+def check_one_update_mask(optimizer: str, parameter: Tensor) -> None:
+    """The layers that share ``parameter`` have equal update masks, or one has; a GPU is waited for.
+
+    Where a CUDA graph is being captured nothing can be asked.
+    """
+    layers = masked_layers_of(parameter)
+    masks = [layer.update_mask for layer in layers if layer.update_mask is not None]
+    if len(masks) < 2 or is_captured(parameter.device):
+        return
+    if any(mask != masks[0] for mask in masks[1:]):
+        raise ValueError(
+            f"{optimizer}: {' and '.join(map(str, layers))} share one weight, so their update "
+            "masks have to be equal"
+        )

@@ -1,7 +1,7 @@
 """Powered layers, plain layers with masks, and the ways from plain layers to them and back.
 
-Importing this package installs the guard that refuses to step θ-storing layers with an optimizer
-that knows nothing of them.
+Importing this package installs two global hooks of torch.optim: an optimizer that knows nothing of
+these layers is refused the step of a weight that holds θ, and keeps frozen entries of all others.
 """
 
 from ppkernels.nn import guard as guard

@@ -24,13 +24,23 @@ class Masked(nn.Module):
     Attributes:
         weight: the trained parameter.
         update_mask: a `pp.BitMask` of the weight's shape, or None. An entry whose bit is 0 is
-            frozen: the optimizers of `pp.optim` keep its value and its state bit for bit, whatever
-            momentum, decay and clipping do; the steps of all other optimizers are refused.
+            frozen: every torch optimizer keeps its value bit for bit, whatever momentum, decay and
+            clipping do. Those of `pp.optim` do so in their one pass and keep its state too.
         mask: a `pp.BitMask` of the weight's shape, or None. An entry of θ whose bit is 0 is 0 to
             the network and gets no gradient; the stored value survives and is seen again when the
             bit is. Momentum and decay move it still, unless ``update_mask`` freezes it. Modules
             that read ``weight`` themselves (nn.MultiheadAttention, the fast path of
             nn.TransformerEncoderLayer) do not see the mask.
+
+    For all other optimizers global hooks of torch.optim do it: before a step (and after each call
+    of its closure) the gradient is set to 0 at frozen entries, after it they get their values back.
+    So the state of a frozen entry sees gradients of 0: its momentum decays, and has weight decay in
+    it where that is coupled. An optimizer that mixes entries (Adafactor, Muon, LBFGS, one that
+    takes norms) counts the frozen ones so. Each step costs a copy of the weights that have an
+    ``update_mask``, a pass over their gradients and one over them (`ppkernels.nn.frozen` counts the
+    bytes); the step post-hooks of an optimizer run before the values are back. Not seen are steps
+    on tensors that are not the layer's own, such as master copies in another dtype and the
+    flattened parameters of FSDP1; a weight in a tensor subclass (DTensor, of FSDP2) is refused.
 
     Both masks may be assigned at any time; a mask comes to the weight's device and follows the
     layer. They go with the layer into copies, pickles and checkpoints, but are no buffers, so that

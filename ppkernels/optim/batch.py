@@ -81,7 +81,8 @@ def batch_of(optimizer: str, params: list[Tensor], group_alpha: float | Tensor |
         else:
             alpha = alpha_tensor(optimizer, group_alpha, parameter.device)
         alphas.append(alpha)
-        masks.append(_update_words(optimizer, parameter))
+        mask = _powered.update_mask_of(optimizer, parameter)
+        masks.append(_NO_WORDS if mask is None else mask.words)
         holds_phi.append(int(bool(layers) and theta_layer is None))
     if all(words is _NO_WORDS for words in masks):
         masks = []
@@ -107,29 +108,4 @@ def check_owners(optimizer: str, parameter: Tensor, group_alpha: float | Tensor 
             f"{optimizer}: {' and '.join(map(str, powered))} share one weight, so they need the "
             "same alpha and stores"
         )
-    masks = [layer.update_mask for layer in layers if layer.update_mask is not None]
-    if may_ask and any(mask != masks[0] for mask in masks[1:]):
-        raise ValueError(
-            f"{optimizer}: {' and '.join(map(str, layers))} share one weight, so their update "
-            "masks have to be equal"
-        )
-
-
-def _update_words(optimizer: str, parameter: Tensor) -> Tensor:
-    """The words of the update mask of a weight, or none."""
-    layer = _powered.freezing_layer(parameter)
-    if layer is None or layer.update_mask is None:
-        return _NO_WORDS
-    if _powered.weight_parameter(layer) is not parameter:
-        raise RuntimeError(
-            f"{optimizer}: {layer} has an update_mask, but its weight is no longer a Parameter of "
-            "its own (torch.nn.utils.prune, parametrize or weight_norm has replaced it), so no "
-            "entry of it can be frozen; undo that, or set the layer's update_mask to None"
-        )
-    if layer.update_mask.shape != parameter.shape:
-        raise RuntimeError(
-            f"{optimizer}: the update_mask of {layer} has shape {tuple(layer.update_mask.shape)}, "
-            f"and its weight has shape {tuple(parameter.shape)}; give the layer a mask of the "
-            "weight's shape, or None"
-        )
-    return layer.update_mask.words
+    _powered.check_one_update_mask(optimizer, parameter)

@@ -96,7 +96,8 @@ class ERK:
 class PerLayer:
     """Each layer keeps its own share: ⌊kept[name] · n⌋ of its n weights.
 
-    So the schedule has none: ``Pruner(model, OneShot(None), distribution=PerLayer({...}))``.
+    So the schedule has none: ``Pruner(model, OneShot(None), distribution=PerLayer({...}))``; in a
+    gradual one each layer goes the curve to its own share.
 
     Args:
         kept: by the names of all layers that are pruned, shares from 0 to 1.
@@ -117,7 +118,8 @@ class PerLayer:
         """The shares given."""
         if kept is not None:
             raise ValueError(
-                f"PerLayer: it has the shares itself, so the schedule's must be None, got {kept}"
+                "PerLayer: it has the shares itself, so that of the schedule, or of prune(), must "
+                f"be None, got {kept}"
             )
         _check_names("PerLayer", self.kept, sizes)
         missing = [name for name in sizes if name not in self.kept]

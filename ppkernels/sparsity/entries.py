@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ppkernels import _powered
-from ppkernels._powered import PoweredLayer
+from ppkernels._powered import MaskedLayer
+from ppkernels.nn import add_masks
 from ppkernels.ops import BitMask, apply_mask
 from ppkernels.sparsity.weights import Size, Weight
 
@@ -49,8 +50,8 @@ class Kept:
 
     def __str__(self) -> str:
         rows = [
-            f"{name}: {count} of {self.entries[name]} ({self.shares[name]:.2%})"
-            for name, count in self.counts.items()
+            f"{name}: {self.counts[name]} of {self.entries[name]} ({share:.2%})"
+            for name, share in self.shares.items()
         ]
         total = f"{self.count} of {sum(self.entries.values())} ({self.share:.2%}) kept"
         return "\n".join([*rows, total])
@@ -63,12 +64,20 @@ class Entries:
     """
 
     def __init__(self, model: nn.Module, select: Select | None) -> None:
+        self.model = model
         self.layers = _chosen(model, select)
         # The entries of each weight that are not pruned; nothing for a weight that is whole.
         self.masks: dict[str, BitMask] = {}
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights by the name of their layer; one that several layers share comes once."""
+        present = dict(self.model.named_modules(remove_duplicate=False))
+        for name, layer in self.layers.items():
+            if present.get(name) is not layer or not _powered.is_masked(layer):
+                raise RuntimeError(
+                    f"Pruner: {name!r} is no longer the layer with masks that it was when the "
+                    "pruner was made; make a new one (and pp.fold a model when all is pruned)"
+                )
         weights = {name: _parameter(name, layer) for name, layer in self.layers.items()}
         first = {id(weight): name for name, weight in reversed(weights.items())}
         return {name: weights[name] for name in weights if first[id(weights[name])] == name}
@@ -78,7 +87,10 @@ class Entries:
         found = {}
         for name, weight in self.weights().items():
             layer = self.layers[name]
-            found[name] = Weight(weight, layer.alpha if layer.stores == "phi" else None)
+            alpha = None
+            if _powered.is_powered(layer) and layer.stores == "phi":
+                alpha = layer.alpha
+            found[name] = Weight(weight, alpha)
         return found
 
     def mask(self, name: str, weight: nn.Parameter) -> BitMask:
@@ -92,7 +104,7 @@ class Entries:
 
     def _within(self, name: str, weight: nn.Parameter) -> BitMask | None:
         masks = [self.mask(name, weight)] if name in self.masks else []
-        layers = _powered.layers_of(weight)
+        layers = _powered.masked_layers_of(weight)
         masks += [layer.update_mask for layer in layers if layer.update_mask is not None]
         seen = [layer.mask for layer in layers if layer.mask is not None]
         if len(seen) == len(layers):  # else there is one that sees all
@@ -135,7 +147,7 @@ class Entries:
                 continue
             with torch.no_grad():
                 weight.copy_(apply_mask(weight.detach(), mask.words))
-            for layer in _powered.layers_of(weight):
+            for layer in _powered.masked_layers_of(weight):
                 own = layer.update_mask
                 layer.update_mask = mask if own is None else own & mask
 
@@ -171,7 +183,7 @@ def _share(count: int, entries: int) -> float:
     return count / entries if entries else 1.0
 
 
-def _parameter(name: str, layer: PoweredLayer) -> nn.Parameter:
+def _parameter(name: str, layer: MaskedLayer) -> nn.Parameter:
     weight = _powered.weight_parameter(layer)
     if weight is None:
         raise RuntimeError(
@@ -186,14 +198,21 @@ def _parameter(name: str, layer: PoweredLayer) -> nn.Parameter:
     return weight
 
 
-def _chosen(model: nn.Module, select: Select | None) -> dict[str, PoweredLayer]:
-    layers = _powered.powered_layers(model)
-    if callable(select):
-        layers = {
-            name: layer for name, layer in layers.items() if select(name, cast(nn.Module, layer))
-        }
-    elif select is not None:
-        layers = {name: layers[name] for name in select}
-    if not layers:
-        raise ValueError(f"Pruner: {type(model).__name__} holds no layer to prune")
-    return layers
+def _chosen(model: nn.Module, select: Select | None) -> dict[str, MaskedLayer]:
+    """The layers to prune by name; plain ones become layers with masks."""
+    names: list[str] = []
+
+    def is_chosen(name: str, layer: nn.Module) -> bool:
+        chosen = select is None or (callable(select) and select(name, layer))
+        if chosen:
+            names.append(name)
+        return chosen
+
+    if select is None or callable(select):
+        add_masks(model, select=is_chosen)
+    else:
+        if isinstance(select, Iterable) and not isinstance(select, str):
+            select = names = list(select)
+        add_masks(model, select=select)
+    layers = dict(model.named_modules(remove_duplicate=False))
+    return {name: cast(MaskedLayer, layers[name]) for name in names}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 def reestimate_batch_norm(
@@ -21,11 +22,10 @@ def reestimate_batch_norm(
 
     For a network that was pruned, whose activations are no longer those that the statistics
     describe. Every nn.BatchNorm1d/2d/3d, nn.SyncBatchNorm and nn.InstanceNorm1d/2d/3d with running
-    statistics starts afresh, and each batch counts alike, a smaller last one too; its
-    ``num_batches_tracked`` counts them. All other modules, dropout among them, are in eval mode
-    meanwhile (torch.optim.swa_utils.update_bn has them in training mode). Modes come back as they
-    were; parameters and the layers' own momentum do not change. A model without such layers is left
-    as it is, and no batch is asked for.
+    statistics starts afresh, and each batch counts alike, a smaller last one too. All other
+    modules, dropout among them, are in eval mode meanwhile (torch.optim.swa_utils.update_bn has
+    them in training mode). Modes come back as they were; parameters and the layers' own momentum
+    do not change. A model without such layers is left as it is, and no batch is asked for.
 
     Args:
         model: any module, wrapped or not.
@@ -59,6 +59,9 @@ def reestimate_batch_norm(
     seen = 0
     with torch.no_grad(), _measuring(model, layers):
         for batch in batches:
+            for layer in layers:
+                if isinstance(layer, _InstanceNorm):
+                    layer.momentum = 1 / (seen + 1)
             if forward is not None:
                 forward(model, batch)
             else:
@@ -91,7 +94,8 @@ def _measuring(model: nn.Module, layers: list[_NormBase]) -> Iterator[None]:
         model.eval()
         for layer in layers:
             layer.reset_running_stats()
-            layer.momentum = None  # the cumulative average
+            # The cumulative average; to an instance norm it would mean no average at all.
+            layer.momentum = None
             layer.train()
         yield
     except BaseException:

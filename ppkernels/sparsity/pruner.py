@@ -69,7 +69,8 @@ class Pruner:
     ``update_mask`` keeps it there. The forward pass knows nothing of it, costs nothing more, and is
     not compiled again. Pruned entries stay pruned: each pruning chooses among those that are left.
     The optimizers of `pp.optim` leave a pruned entry's momentum as it was at that moment, and do
-    not use it again.
+    not use it again. Every other torch optimizer keeps the entry at 0 too, on the weights that it
+    may step (plain ones, and φ): its momentum decays as if the gradient were 0 (`pp.nn.Masked`).
 
     What may be pruned: entries that an ``update_mask`` of yours freezes, whenever you set it, are
     neither pruned nor freed, and so are those that ``mask`` hides from the network. Shares are of
@@ -85,16 +86,17 @@ class Pruner:
         prunings: how often it has pruned, by `step` or by `prune`.
 
     Args:
-        model: any module. DistributedDataParallel, DataParallel and torch.compile around it are
-            looked through, so that names and checkpoints are those of the model itself; on several
-            processes weights and (for scores of gradients) gradients are the same, so the masks
-            are.
+        model: any module. Its plain layers become layers with masks, in place, as `pp.nn.add_masks`
+            makes them; powered layers have masks. DistributedDataParallel, DataParallel and
+            torch.compile around it are looked through, so that names and checkpoints are those of
+            the model itself. Processes that have the same weights and gradients get the same masks.
         schedule: `OneShot`, `Cubic`, `Cosine`, `Iterative`.
         score: `Magnitude`, `Random`, `Gradient`, `Sensitivity`.
         distribution: `Global`, `Uniform`, `ERK`, `PerLayer`.
         type: `Unstructured`, `NofM`, `ConstantFanIn`.
-        select: which layers: the names of some, or a function of name and layer. By default all
-            that can be pruned.
+        select: which layers: the names of some, or a function of name and layer, asked about those
+            that can be pruned: powered ones, and nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d,
+            without subclasses. All of them by default.
 
     Raises:
         TypeError: arguments of another kind; a weight of a subclass of Parameter (a sharded one).
@@ -222,7 +224,7 @@ class Pruner:
             )
         frozen = {
             id(layer.weight): layer.update_mask
-            for layer in _powered.powered_layers(self.model).values()
+            for layer in _powered.masked_layers(self.model).values()
             if layer.update_mask is not None
         }
         with torch.no_grad():

@@ -135,7 +135,7 @@ def test_erk_leaves_frozen_entries_out() -> None:
         (
             lambda: PerLayer({"fc1": 0.1}).shares(MLP, 0.1),
             ValueError,
-            "PerLayer: it has the shares itself, so the schedule's must be None, got 0.1",
+            "PerLayer: it has the shares itself, so that of the schedule, or of prune(), must",
         ),
         (lambda: Global().shares(MLP, None), ValueError, "Global: the share to keep must be"),
         (lambda: ERK().shares(MLP, None), ValueError, "ERK: the share to keep must be"),
