@@ -1,4 +1,5 @@
 """Train on CIFAR-10 at several exponents α, fixed or adaptive, prune, and show what happened.
+Longer than 350 lines: it is read from top to bottom, in the order of the work.
 
     python examples/cifar10.py                                    # five layers, α = 1 and 1.25
     python examples/cifar10.py --alpha 1 1.25 adaptive --seeds 0 1 2
@@ -329,10 +330,12 @@ def train(
                 description=f"{job}, epoch {epoch}/{options.epochs}",
                 state=f"loss {loss_sum / seen:.3f}, {right / seen:.1%} right",
             )
-        if not math.isfinite(loss_sum):
+        largest = max(theta.abs().max().item() for theta in thetas(model).values())
+        # ReLUs that are 0 for every image hide weights beyond all bounds from the loss.
+        if not (math.isfinite(loss_sum) and math.isfinite(largest)):
             raise SystemExit(
-                f"cifar10.py: {job} diverged in epoch {epoch}: the loss is {loss_sum}; try a lower "
-                f"--lr than {options.lr:g}"
+                f"cifar10.py: {job} diverged in epoch {epoch}: the loss is {loss_sum / seen} and "
+                f"the largest |θ| {largest}; try a lower --lr than {options.lr:g}"
             )
         epochs.append(findings.epoch_of(model, loss_sum / seen, options.epsilon))
     return model, epochs
