@@ -113,6 +113,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, getattr(recipe, name))
     check_once(parser, alpha=options.alpha, seeds=options.seeds, kept=options.kept or [])
+    if options.kept and max(options.kept) == 1:
+        parser.error("--kept must be below 1: networks that keep all their weights come anyway")
     if options.recipe == "gradual" and not begin_and_end(options)[0] < begin_and_end(options)[1]:
         parser.error(f"--begin must lie before --end, got {options.begin:g} and {options.end:g}")
     return options
@@ -159,6 +161,11 @@ def train(
     for step in range(1, options.steps + 1):
         batch = next(rows)
         loss = F.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
+        if not math.isfinite(loss.item()):
+            raise SystemExit(
+                f"prune_mnist.py: {name} diverged in step {step:,}: the loss is {loss.item()}; try "
+                f"a lower --lr than {options.lr:g}"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -166,11 +173,6 @@ def train(
         if pruner is not None:
             pruner.step()
         if step % 100 == 0 or step == options.steps:
-            if not math.isfinite(loss.item()):
-                raise SystemExit(
-                    f"prune_mnist.py: α = {alpha:g}, seed {seed} diverged before step {step:,}: "
-                    f"the loss is {loss.item()}; try a lower --lr than {options.lr:g}"
-                )
             state = f"step {step:,}, loss {loss.item():.4f}"
             progress.update(bar, advance=(step - 1) % 100 + 1, description=name, state=state)
     return model
@@ -288,7 +290,7 @@ def draw(runs: Sequence[Run], options: argparse.Namespace, path: Path) -> None:
         dashed=once,
         dashed_as="once",
         # Pruned once, the smallest networks are far below all others.
-        lowest=min(accuracies.min() for accuracies in gradual.values()) - LEEWAY,
+        lowest=min(by_seed.min() for by_seed in gradual.values()) - LEEWAY,
     )
 
 
