@@ -24,9 +24,9 @@ REESTIMATED = "BatchNorm re-estimated"
 GRADUAL = "gradual"
 
 TITLES = {
-    ONE_SHOT: "Accuracy, %: trained, and after one-shot pruning to so much",
-    REESTIMATED: "The same pruned networks with their BatchNorm statistics estimated anew",
-    GRADUAL: "Accuracy, %, of networks pruned while they trained, to so much",
+    ONE_SHOT: "Accuracy, %: one-shot pruning, so much kept",
+    REESTIMATED: "The same, BatchNorm re-estimated",
+    GRADUAL: "Accuracy, %: gradual pruning, so much kept",
 }
 
 
