@@ -2,7 +2,8 @@
 Longer than 350 lines: it is read from top to bottom, in the order of the work.
 
     python examples/cifar10.py                                    # five layers, α = 1 and 1.25
-    python examples/cifar10.py --alpha 1 1.25 adaptive --seeds 0 1 2
+    python examples/cifar10.py --alpha 1 1.25 1.5 --seeds 0 1 2
+    python examples/cifar10.py --alpha adaptive --period 1        # α changes before each epoch
     python examples/cifar10.py --prune gradual --kept 0.1 0.05    # one network for each share
     python examples/cifar10.py --model resnet18 --epochs 30       # for a GPU
 
