@@ -234,21 +234,18 @@ class Search {
     s.highest = s.high = keys[1];
   }
 
-  // Calls body(part, scratch) for each of them, in threads if they are worth it.
+  // Calls body(part, scratch) for each of them, in threads if they are worth it. A thread takes the
+  // next part when it is done with one, so that one which other work holds up keeps nobody waiting.
   template <class Body>
   void each_part(const std::vector<Part*>& parts, const Body& body) {
-    std::vector<int64_t> starts;
     int64_t total = 0;
-    for (const Part* part : parts) {
-      starts.push_back(total);
-      total += part->end - part->begin;
-    }
-    const auto some = [&](int64_t begin, int64_t end) {
+    for (const Part* part : parts) total += part->end - part->begin;
+    if (total == 0) return;
+    std::atomic<size_t> next{0};
+    parallel_for_(total, kGrain, [&](int64_t, int64_t) {
       Scratch scratch;
-      size_t i = std::lower_bound(starts.begin(), starts.end(), begin) - starts.begin();
-      for (; i < parts.size() && starts[i] < end; ++i) body(*parts[i], scratch);
-    };
-    if (total > 0) parallel_for_(total, kGrain, some);
+      for (size_t i = next++; i < parts.size(); i = next++) body(*parts[i], scratch);
+    });
   }
 
   // Calls body(elements, begin, end) for each chunk of a part.
