@@ -70,6 +70,10 @@ struct Part {
   // The elements between the bounds, from `begin` on.
   std::vector<uint32_t> indices{};
   std::vector<uint64_t> keys{};
+  // Of the listed elements, those with a key above `last` are to be kept, and `last_quota` of those
+  // that have it.
+  uint64_t last = ~uint64_t(0);
+  int64_t last_quota = 0;
   // Of the elements equal to a bound, `quota` are to be kept.
   Ties ties = Ties::kNone;
   int64_t quota = 0;
@@ -95,23 +99,29 @@ struct Scratch {
   std::vector<uint64_t> elements = std::vector<uint64_t>(kSelectChunk);
 };
 
-// Gathers elements from all over a tensor: each costs a trip to memory, so that a batch of trips is
-// begun before the first one's end is waited for.
+// Gathers elements from all over a tensor. A trip to memory brings a few neighbours, and a batch of
+// trips is begun before the first one's end is waited for.
 class SampleReader {
  public:
+  static constexpr int kNeighbours = 4;
+
   // Keys go to keys[found], and `found` counts them, in several threads.
   SampleReader(const SelectKernels& kernels, uint64_t* keys, std::atomic<int64_t>& found)
       : kernels_(kernels), keys_(keys), found_(found) {}
 
+  // The elements from i on, kNeighbours of them if there are as many.
   void add(const Source& source, int64_t i) {
-    if (&source != source_ || count_ == kBatch) {
+    if (&source != source_ || count_ + kNeighbours > kBatch) {
       flush();
       source_ = &source;
     }
     const uint8_t* within = source.tensor.within;
-    if (within != nullptr && !bit(within, i)) return;
-    places_[count_] = source.elements.at(i);
-    __builtin_prefetch(places_[count_++]);
+    const int64_t end = std::min(i + kNeighbours, source.elements.count());
+    for (; i < end; ++i) {
+      if (within != nullptr && !bit(within, i)) continue;
+      places_[count_] = source.elements.at(i);
+      __builtin_prefetch(places_[count_++]);
+    }
   }
 
   void flush() {
@@ -125,7 +135,7 @@ class SampleReader {
   }
 
  private:
-  static constexpr int kBatch = 128;
+  static constexpr int kBatch = 512;
 
   const SelectKernels& kernels_;
   uint64_t* keys_;
@@ -185,7 +195,7 @@ class Search {
       for (size_t i = 0; i < open.size(); ++i) {
         if (!is_done[i]) missed.push_back(open[i]);
       }
-      settle();
+      settle(open);
       if (missed.empty()) return -1;
       for (Selection* selection : missed) narrow(*selection);
       open = missed;
@@ -224,21 +234,18 @@ class Search {
     s.highest = s.high = keys[1];
   }
 
-  // Calls body(part, scratch) for each of them, in threads if they are worth it.
+  // Calls body(part, scratch) for each of them, in threads if they are worth it. A thread takes the
+  // next part when it is done with one, so that one which other work holds up keeps nobody waiting.
   template <class Body>
   void each_part(const std::vector<Part*>& parts, const Body& body) {
-    std::vector<int64_t> starts;
     int64_t total = 0;
-    for (const Part* part : parts) {
-      starts.push_back(total);
-      total += part->end - part->begin;
-    }
-    const auto some = [&](int64_t begin, int64_t end) {
+    for (const Part* part : parts) total += part->end - part->begin;
+    if (total == 0) return;
+    std::atomic<size_t> next{0};
+    parallel_for_(total, kGrain, [&](int64_t, int64_t) {
       Scratch scratch;
-      size_t i = std::lower_bound(starts.begin(), starts.end(), begin) - starts.begin();
-      for (; i < parts.size() && starts[i] < end; ++i) body(*parts[i], scratch);
-    };
-    if (total > 0) parallel_for_(total, kGrain, some);
+      for (size_t i = next++; i < parts.size(); i = next++) body(*parts[i], scratch);
+    });
   }
 
   // Calls body(elements, begin, end) for each chunk of a part.
@@ -265,19 +272,20 @@ class Search {
     return x ^ (x >> 31);
   }
 
-  // The keys of one element of each stretch of `stride`, somewhere in it, in no order.
+  // The keys of a few elements of each stretch of `stride`, somewhere in it, in no order.
   std::vector<uint64_t> sampled_keys(const Selection& s) {
+    constexpr int kNeighbours = SampleReader::kNeighbours;
     const auto side = (int64_t)std::cbrt((double)s.entries);
-    const int64_t size = side * side, stride = s.entries / size;
+    const int64_t size = side * side / 2, stride = s.entries / size;
     std::vector<int64_t> starts;
     int64_t start = 0;
     for (size_t i = s.first_source; i < s.last_source; ++i) {
       starts.push_back(start);
       start += sources_[i].elements.count();
     }
-    std::vector<uint64_t> keys((size_t)size);
+    std::vector<uint64_t> keys((size_t)size * kNeighbours);
     std::atomic<int64_t> found{0};
-    parallel_for_(size, kSelectChunk, [&](int64_t begin, int64_t end) {
+    parallel_for_(size, kSelectChunk / kNeighbours, [&](int64_t begin, int64_t end) {
       SampleReader reader(kernels_, keys.data(), found);
       size_t k =
           std::upper_bound(starts.begin(), starts.end(), begin * stride) - starts.begin() - 1;
@@ -285,7 +293,7 @@ class Search {
         const uint64_t place = (scattered((uint64_t)j + 1) >> 32) * (uint64_t)stride >> 32;
         const int64_t i = j * stride + (int64_t)place;
         while (k + 1 < starts.size() && starts[k + 1] <= i) ++k;
-        reader.add(sources_[s.first_source + k], i - starts[k]);
+        reader.add(sources_[s.first_source + k], (i - starts[k]) / kNeighbours * kNeighbours);
       }
       reader.flush();
     });
@@ -299,9 +307,12 @@ class Search {
     std::vector<uint64_t> keys = sampled_keys(s);
     const double share = (double)s.count / (double)s.candidates, size = (double)keys.size();
     const double rank = share * size, margin = 4 * std::sqrt(rank * (1 - share)) + 4;
+    // Where the part begins that is not sorted out yet.
+    auto begin = keys.begin();
     const auto largest = [&](int64_t i) {
-      std::nth_element(keys.begin(), keys.begin() + i, keys.end(), std::greater<uint64_t>());
-      return std::min(keys[(size_t)i], s.highest);
+      std::nth_element(begin, keys.begin() + i, keys.end(), std::greater<uint64_t>());
+      begin = keys.begin() + i;
+      return std::min(*begin, s.highest);
     };
     if (rank - margin >= 0) s.high = largest((int64_t)(rank - margin));
     if (rank + margin + 1 < size) s.low = largest((int64_t)(rank + margin) + 1);
@@ -373,6 +384,7 @@ class Search {
     part.counts = {};
     part.indices.clear();
     part.keys.clear();
+    part.last = ~uint64_t(0);
     part.ties = Ties::kNone;
     each_chunk(part, scratch, [&](const void* elements, int64_t begin, int64_t end) {
       uint8_t* words = t.words + begin / 8;
@@ -473,8 +485,9 @@ class Search {
     }
   }
 
-  // Gives bits to the `rank` largest of the listed elements.
-  void keep_listed(const Selection& s, const std::vector<Part*>& parts, int64_t rank) {
+  // Finds the last one of the `rank` largest of the listed elements, for `settle` to give them
+  // bits.
+  static void keep_listed(const Selection& s, const std::vector<Part*>& parts, int64_t rank) {
     if (rank == 0) return;
     uint64_t low = s.low, high = s.high;
     int64_t left = rank;
@@ -495,28 +508,50 @@ class Search {
     }
     std::nth_element(keys.begin(), keys.begin() + (left - 1), keys.end(), std::greater<uint64_t>());
     const uint64_t last = keys[(size_t)left - 1];
-    for (uint64_t key : keys) left -= key > last;
-    for (const Part* part : parts) {
-      uint8_t* words = sources_[part->source].tensor.words;
-      for (size_t k = 0; k < part->keys.size(); ++k) {
-        if (part->keys[k] < last || (part->keys[k] == last && left-- <= 0)) continue;
-        set_bit(words, part->begin + part->indices[k]);
+    int64_t equal = 0;
+    for (uint64_t key : keys) {
+      left -= key > last;
+      equal += key == last;
+    }
+    for (Part* part : parts) {
+      part->last = last;
+      part->last_quota = left;
+      if (left == equal) continue;
+      const int64_t own = std::count(part->keys.begin(), part->keys.end(), last);
+      part->last_quota = std::min(left, own);
+      left -= part->last_quota;
+      equal -= own;
+    }
+  }
+
+  // ---- bits of what is listed, and of what is equal to a bound
+
+  void settle(const std::vector<Selection*>& open) {
+    std::vector<Part*> parts;
+    for (Selection* s : open) {
+      for (Part* part : parts_of(*s)) {
+        if (part->ties != Ties::kNone || !part->keys.empty()) parts.push_back(part);
       }
     }
+    each_part(parts, [&](Part& part, Scratch& scratch) {
+      settle_listed(part);
+      if (part.ties != Ties::kNone) settle_ties(part, scratch);
+    });
   }
 
-  // ---- ties
-
-  void settle() {
-    std::vector<Part*> parts;
-    for (Part& part : parts_) {
-      if (part.ties != Ties::kNone) parts.push_back(&part);
+  void settle_listed(const Part& part) const {
+    uint8_t* words = sources_[part.source].tensor.words + part.begin / 8;
+    int64_t quota = part.last_quota;
+    for (size_t k = 0; k < part.keys.size(); ++k) {
+      const uint64_t key = part.keys[k];
+      const uint32_t i = part.indices[k];
+      // Without a branch: which keys are above is anybody's guess.
+      words[i >> 3] |= uint8_t(uint32_t(key > part.last) << (i & 7));
+      if (key == part.last && quota-- > 0) set_bit(words, i);
     }
-    each_part(parts, [&](Part& part, Scratch& scratch) { settle_part(part, scratch); });
-    for (Part* part : parts) part->ties = Ties::kNone;
   }
 
-  void settle_part(const Part& part, Scratch& scratch) const {
+  void settle_ties(const Part& part, Scratch& scratch) const {
     const Source& source = sources_[part.source];
     const SelectTensor& t = source.tensor;
     const Selection& s = selections_[part.selection];

@@ -39,8 +39,8 @@ using ParallelFor = std::function<void(int64_t n, int64_t grain,
 // nothing.
 //
 // Memory besides: for each count of N elements at most 12 bytes, or 24 while a list grows, for each
-// of 4096 + N/16 elements (and a chunk of select.h for each thread), and 8 bytes for each of
-// N^(2/3).
+// of 4096 + N/16 elements (and a chunk of select.h for each thread), and 16 bytes for each
+// of N^(2/3).
 int64_t select_largest(const SelectKernels& kernels, const std::vector<SelectTensor>& tensors,
                        const std::vector<int64_t>& counts, const ParallelFor& parallel_for);
 

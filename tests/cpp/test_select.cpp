@@ -428,7 +428,7 @@ void counting_keys(Type type, const void* elements, int64_t n, const Ranking& ra
 
 void recording_keys(Type type, const void* elements, int64_t n, const Ranking& ranking,
                     uint64_t* keys) {
-  if (type == Type::kFloat32 && n <= 128) {
+  if (type == Type::kFloat32 && n < kSelectChunk) {
     sampled.insert(sampled.end(), (const float*)elements, (const float*)elements + n);
   }
   kernels->keys(type, elements, n, ranking, keys);
