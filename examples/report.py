@@ -13,6 +13,7 @@ import numpy as np
 import plots
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 # The shares of weights that pruning keeps, for the curve; and those that the table shows.
@@ -32,6 +33,17 @@ class Run:
     pruned: list[float]  # the accuracy at each of KEPT
 
 
+def progress(console: Console) -> Progress:
+    """A bar for one task, which needs a field ``state``: a few words beside the bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
 def show(runs: Sequence[Run], console: Console) -> None:
     """The two tables: accuracy before and after pruning, and the shares of small weights."""
     by_alpha: dict[float, list[Run]] = {}
@@ -48,8 +60,8 @@ def show(runs: Sequence[Run], console: Console) -> None:
         table.add_column(heading, justify="right")
     for alpha, group in by_alpha.items():
         places = [KEPT.index(kept) for kept in PRUNED.values()]
-        cells = [_percent(run.accuracy for run in group)]
-        cells += [_percent(run.pruned[place] for run in group) for place in places]
+        cells = [percent(run.accuracy for run in group)]
+        cells += [percent(run.pruned[place] for run in group) for place in places]
         table.add_row(f"{alpha:g}", *cells)
     console.print(table)
 
@@ -59,24 +71,26 @@ def show(runs: Sequence[Run], console: Console) -> None:
         table.add_column(heading, justify="right")
     for layer in runs[0].small:
         for alpha, group in by_alpha.items():
-            cells = [_percent(run.small[layer][i] for run in group) for i in range(len(SMALL))]
+            cells = [percent(run.small[layer][i] for run in group) for i in range(len(SMALL))]
             name = layer if alpha == runs[0].alpha else ""
             table.add_row(name, f"{alpha:g}", *cells, end_section=alpha == list(by_alpha)[-1])
     console.print(table)
 
 
-def _percent(shares: Iterable[float]) -> str:
+def percent(shares: Iterable[float], digits: int = 2) -> str:
+    """Mean of ``shares`` in percent; with the standard deviation where they are several."""
     values = [100 * share for share in shares]
-    mean = f"{statistics.fmean(values):.2f}"
+    mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) == 1:
         return mean
-    # Four characters: a deviation of 10 and more has one decimal, and the table keeps its width.
-    return f"{mean}±{statistics.stdev(values):.2f}"[: len(mean) + 5]
+    # A deviation of 10 and more has one decimal less, and the table keeps its width.
+    deviation = f"{statistics.stdev(values):.{digits}f}"[: digits + 2].rstrip(".")
+    return f"{mean}±{deviation}"
 
 
 def save(
     runs: Sequence[Run],
-    weights: plots.Weights,
+    weights: Mapping[float, Mapping[str, np.ndarray]],
     settings: Mapping[str, Any],
     folder: Path,
 ) -> list[Path]:
@@ -89,9 +103,11 @@ def save(
         "runs": [asdict(r) for r in runs],
     }
     paths[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plots.theta_histograms(weights, paths[1])
+    labels = {alpha: f"α = {alpha:g}" for alpha in weights}
+    plots.theta_histograms({labels[alpha]: own for alpha, own in weights.items()}, paths[1])
     curves = {
-        alpha: np.array([run.pruned for run in runs if run.alpha == alpha]) for alpha in weights
+        label: np.array([run.pruned for run in runs if run.alpha == alpha])
+        for alpha, label in labels.items()
     }
     plots.accuracy_against_kept(KEPT, curves, "the test images", paths[2])
     return paths

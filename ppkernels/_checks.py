@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from numbers import Integral
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -99,19 +100,6 @@ def check_no_grad(op: str, name: str, number: Tensor) -> None:
         raise ValueError(f"{op}: there is no gradient with respect to {name}; pass {name}.detach()")
 
 
-def check_whole(
-    op: str, name: str, number: Any, *, at_least: int, at_most: int | None = None
-) -> None:
-    """``number`` is a whole number, no bool, within bounds."""
-    if not isinstance(number, Integral) or isinstance(number, bool):
-        raise TypeError(f"{op}: {name} must be a whole number, got {number!r}")
-    value = int(number)
-    if value < at_least:
-        raise ValueError(f"{op}: {name} must be at least {at_least}, got {number}")
-    if at_most is not None and value > at_most:
-        raise ValueError(f"{op}: {name} must be at most {at_most}, got {number}")
-
-
 def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """``tensor`` is a dense torch.Tensor of one dtype."""
     wanted = str(dtype).removeprefix("torch.")
@@ -149,6 +137,29 @@ def check_words_for(op: str, words: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"{op}: words must be on the device of weight, {weight.device}, got {words.device}"
         )
+
+
+def check_number(op: str, name: str, value: Any, what: str = "a number") -> float:
+    """``value`` as a float: any real number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be {what}, got {value!r}")
+    return float(value)
+
+
+def check_numbers(op: str, name: str, values: Any) -> list[float]:
+    """``values`` as floats: any real numbers, several of them; a generator is read once."""
+    if isinstance(values, (str, bytes, Mapping, Tensor)) or not isinstance(values, Iterable):
+        raise TypeError(f"{op}: {name} must be a list of numbers, got {values!r}")
+    return [check_number(op, name, value, "numbers") for value in values]
+
+
+def check_whole(op: str, name: str, value: Any, *, at_least: int) -> int:
+    """``value`` as an int: any whole number that is large enough, NumPy's included."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a whole number >= {at_least}, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{op}: {name} must be a whole number >= {at_least}, got {value}")
+    return int(value)
 
 
 def check_word(op: str, name: str, word: str, first: str, second: str) -> None:

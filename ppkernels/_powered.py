@@ -137,6 +137,11 @@ def powered_layers(module: nn.Module) -> dict[str, PoweredLayer]:
     return {name: child for name, child in module.named_modules() if is_powered(child)}
 
 
+def alpha_of_stored(layer: object) -> Tensor | None:
+    """α of the φ that ``layer`` stores; None where it stores θ, or has no power."""
+    return layer.alpha if is_powered(layer) and layer.stores == "phi" else None
+
+
 def weight_parameter(layer: MaskedLayer | nn.Module) -> nn.Parameter | None:
     """The Parameter registered as ``weight``, or None where something has replaced it."""
     parameters = layer.__dict__.get("_parameters", {})

@@ -24,10 +24,13 @@ SHARED_BY_KERNELS = (
     LAYOUT,
     "ppkernels.ops._device",
     "ppkernels.ops._point",
+    "ppkernels.ops._table",
     "ppkernels.ops._tile",
 )
 POWER_GPU = "ppkernels.ops.power.gpu"
-TESTING = tuple(f"ppkernels.testing_{part}" for part in ("products", "statistics", "steps"))
+TESTING = tuple(
+    f"ppkernels.testing_{part}" for part in ("products", "selection", "statistics", "steps")
+)
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
 # Files of the package, and what they may import besides the standard library; the first row that
@@ -45,6 +48,7 @@ IMPORTS = [
     ("reference.py", ["ppkernels.ops.*"]),
     ("testing.py", ["torch.*", "mpmath", "ppkernels", *TESTING]),
     ("testing_products.py", ["torch.*", "ppkernels"]),
+    ("testing_selection.py", ["torch.*", "mpmath", "ppkernels"]),
     ("testing_statistics.py", ["torch.*", "ppkernels"]),
     ("testing_steps.py", ["torch.*", "mpmath", "ppkernels"]),
     ("ops/__init__.py", ["ppkernels.ops.*"]),
@@ -52,6 +56,7 @@ IMPORTS = [
     ("ops/_device.py", ["torch.*"]),
     ("ops/_layout.py", ["torch.*"]),
     ("ops/_point.py", ["triton.*"]),
+    ("ops/_table.py", ["triton.*"]),
     ("ops/_tile.py", ["triton.*"]),
     ("ops/*/__init__.py", ["{room}.*"]),
     # A power and a product: the one room that is built on another.
@@ -67,6 +72,9 @@ IMPORTS = [
     # θ as `power` makes it.
     ("ops/statistics/reference.py", ["torch.*", BITS, "ppkernels.ops.power.reference"]),
     ("ops/statistics/result.py", []),
+    ("ops/statistics/gpu.py", ["torch.*", "triton.*", *SHARED_BY_KERNELS, POWER_GPU]),
+    ("ops/select/keys.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
+    ("ops/select/kernels.py", ["triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),

@@ -19,6 +19,7 @@ from ppkernels.testing import (
     DTYPES,
     PRODUCTS,
     SAMPLES,
+    SELECTIONS,
     STATISTICS,
     STEPS,
     Sample,
@@ -86,7 +87,7 @@ def assert_same_bits(result: Tensor, expected: Tensor) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("op", [*OPS, *STEPS, *PRODUCTS, *STATISTICS])
+@pytest.mark.parametrize("op", [*OPS, *STEPS, *PRODUCTS, *SELECTIONS, *STATISTICS])
 def test_values(op: str, dtype: torch.dtype) -> None:
     check_values(op, dtypes=(dtype,))
 
@@ -520,5 +521,5 @@ def test_forward_mode_is_an_error(op: str) -> None:
 
 def test_every_public_op_has_a_row() -> None:
     public = {name for name, member in vars(pp.ops).items() if inspect.isfunction(member)}
-    missing = public - ON_BITS - {*SAMPLES, *STEPS, *PRODUCTS, *STATISTICS}
+    missing = public - ON_BITS - {*SAMPLES, *STEPS, *PRODUCTS, *SELECTIONS, *STATISTICS}
     assert not missing, f"no samples for {sorted(missing)}"

@@ -186,6 +186,8 @@ def test_histograms_count_every_weight(mnist: ModuleType, draw: str) -> None:
     counts: list[float] = []
     draw_one = axis.hist
     axis.hist = lambda *args, **kwargs: counts.extend(draw_one(*args, **kwargs)[0])
-    getattr(mnist.report.plots, draw)(axis, {1.5: theta.numpy()})
+    getattr(mnist.report.plots, draw)(
+        axis, {"one": theta.numpy()}, mnist.report.plots.colours(["one"])
+    )
     mnist.report.plots.plt.close(figure)
     assert sum(counts) == len(theta)

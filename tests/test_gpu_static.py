@@ -442,6 +442,8 @@ def test_the_model_of_products_counts_as_the_compiled_code_does() -> None:
         ("bench/README.md", "model"),
         ("ppkernels/ops/power/README.md", "power(?!_linear)"),
         ("ppkernels/ops/power_linear/README.md", "products"),
+        ("ppkernels/ops/select/README.md", "select/"),
+        ("ppkernels/ops/statistics/README.md", "statistics/"),
         ("ppkernels/ops/step/README.md", "step/"),
     ],
 )

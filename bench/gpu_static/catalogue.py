@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from bench.gpu_static.paths import Arm, Way
 from bench.gpu_static.row import Elementwise, Matrix, Row, Stream
@@ -20,6 +21,10 @@ from ppkernels.ops.bitmask import gpu as bitmask
 from ppkernels.ops.power import gpu as power
 from ppkernels.ops.power_linear import kernels as products
 from ppkernels.ops.power_linear import tiles as power_linear
+from ppkernels.ops.select import gpu as select
+from ppkernels.ops.select import kernels as selection
+from ppkernels.ops.select import keys as selection_keys
+from ppkernels.ops.statistics import gpu as statistics
 from ppkernels.ops.step import gpu as step
 
 DTYPES = {
@@ -28,6 +33,7 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+TRITON_TYPES = {"fp32": tl.float32, "fp64": tl.float64, "fp16": tl.float16, "bf16": tl.bfloat16}
 ROUNDED = {"fp16": "f16", "bf16": "bf16"}
 WORD = 1 / 8
 """Bytes of mask an entry."""
@@ -239,7 +245,7 @@ STEPS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 # Not run in a launch for at most 128 weights, while the weight is powered, its decay, if any,
 # decoupled, and its steps small.
 UNUSUAL = (
-    Arm("_row_of", "rows > LANES"),
+    Arm("row_of", "rows > LANES"),
     Arm("_moved", "tl.load(own + OF_PLAIN) != 0.0"),
     Arm("_decayed", "rate != 0.0"),
 )
@@ -474,5 +480,174 @@ def _sum_row() -> Row:
     )
 
 
-ROWS: tuple[Row, ...] = (*power_rows(), *bitmask_rows(), *step_rows(), *product_rows())
+# ---- select: passes over all weights of a selection, whose times add up
+
+SELECT_TYPES = {"table": "*i64", "state": "*i64", "begin": "i32", "rows": "i32", "all_rows": "i32"}
+OF_MANY = (Arm("row_of", "rows > LANES"), Arm("_block_keys", "left < BLOCK"))
+# Dtype, bits of the keys, what is on paper done for a key, and is there a mask?
+SELECTIONS: Mapping[str, tuple[str, int, str, bool]] = {
+    "fp32": ("fp32", 31, "an and", False),
+    "fp32/masked": ("fp32", 31, "an and, a choice", True),
+    "bf16": ("bf16", 15, "an and", False),
+    "fp16/beside fp32": ("fp16", 31, "an and, a conversion", False),
+    "fp64": ("fp64", 63, "an and", False),
+    "fp32/several alpha": ("fp32", 64, "a logarithm and a product in float64", False),
+}
+COUNTING = "a shift, a difference, a comparison, an addition to a bin"
+
+
+def select_rows() -> list[Row]:
+    counts = [_count_row(name, False) for name in SELECTIONS]
+    writes = [_select_row("write", name, selection.write_kernel) for name in SELECTIONS]
+    ties = _select_row("ties", "fp32", selection.tie_kernel)
+    return [_count_row("fp32", True), *counts, ties, *writes, _narrow_row()]
+
+
+def _count_row(name: str, is_first: bool) -> Row:
+    """``is_first``: the pass that also looks for NaN."""
+    key = SELECTIONS[name][1]
+    pointers = {"bins": "*i64", "first_nan": "*u64", "shift": "i32", "values": "i32"}
+    row = _select_row("first count" if is_first else "count", name, selection.count_kernel)
+    own = {"FIRST": is_first}
+    return replace(
+        row,
+        types={**{k: v for k, v in row.types.items() if k != "ties"}, **pointers},
+        choices=lambda target: {
+            **row.choices(target),
+            **own,
+            "BINS": select.bins_of(key, not target.is_nvidia),
+        },
+    )
+
+
+def _select_row(does: str, name: str, kernel: Any) -> Row:
+    dtype, key, of_key, is_masked = SELECTIONS[name]
+    streams = [Stream("read values", DTYPES[dtype].itemsize, LOADED)]
+    if is_masked:
+        streams.append(BITS_READ)
+    full = full_block("left >= BLOCK", LOADED)
+    ways = {"usual": Way(full.required, full.excluded + OF_MANY)}
+    operations = {"ties": "a comparison, a sum", "write": "a comparison, a shift, an or"}
+    if does == "write":
+        streams.append(Stream("write words", WORD, Arm("_store_words"), is_wide=False))
+        tied = Arm("write_kernel", "kept_ties > 0")
+        ways = {
+            "usual": replace(ways["usual"], excluded=(*ways["usual"].excluded, tied)),
+            "ties": replace(ways["usual"], required=(*full.required, tied)),
+        }
+    if "count" in does:
+        found = Arm("_note_nan", "tl.max(keys) > infinity_key(TYPE, KEY)")
+        if does == "first count":
+            ways = {"usual": replace(ways["usual"], excluded=(*ways["usual"].excluded, found))}
+
+    def choices(target: Target) -> Mapping[str, Any]:
+        chosen = select.launch_choices(key, target.lanes)
+        return {**chosen, "TYPE": TRITON_TYPES[dtype], "ALIGNED": True, "MASKS": is_masked}
+
+    return Row(
+        name=f"select/{does}/{name}",
+        kernel=kernel,
+        types={**SELECT_TYPES, "ties": "*i64"},
+        choices=choices,
+        work=Elementwise(
+            elements=select.block_of(key),
+            streams=tuple(streams),
+            operations=f"{of_key}, {operations.get(does, COUNTING)}",
+            ways=ways,
+            # The others take more instructions than their bytes leave time for.
+            is_memory_bound=name in ("fp32", "fp64"),
+        ),
+        files=files_of(selection, selection_keys),
+    )
+
+
+def _narrow_row() -> Row:
+    numbers = dict.fromkeys(("first", "shift", "next_shift"), "i32")
+    return Row(
+        name="select/narrow",
+        kernel=selection.narrow_kernel,
+        types={"state": "*i64", "bins": "*i64", **numbers},
+        choices=lambda target: {
+            **{"KEY": 31, "LAST": False, "num_warps": 4},
+            "BINS": select.bins_of(31, not target.is_nvidia),
+        },
+        work=None,
+        files=files_of(selection, selection_keys),
+    )
+
+
+# ---- statistics
+
+# Dtype, is there a mask, and a histogram?
+STATISTICS: Mapping[str, tuple[str, bool, bool]] = {
+    "fp32": ("fp32", False, False),
+    "fp32/histogram": ("fp32", False, True),
+    "fp32/masked,histogram": ("fp32", True, True),
+    "bf16": ("bf16", False, False),
+    "bf16/histogram": ("bf16", False, True),
+    "fp16": ("fp16", False, False),
+    "fp64": ("fp64", False, False),
+    "fp64/histogram": ("fp64", False, True),
+}
+
+
+def statistics_rows() -> list[Row]:
+    return [*(_statistics_row(name) for name in STATISTICS), _combine_row()]
+
+
+def _statistics_row(name: str) -> Row:
+    dtype, is_masked, has_bins = STATISTICS[name]
+    size = DTYPES[dtype].itemsize
+    types = {"weight": f"*{dtype}", "alpha": "*fp64", "numbers": "*fp64", "partials": "*fp64"}
+    types |= {"counts": "*i64", **dict.fromkeys(("limits", "bins", "numel", "programs"), "i32")}
+    fixed: dict[str, Any] = {}
+    _give_words(is_masked, types, fixed)
+    full = full_block("left >= BLOCK", LOADED)
+    unusual = (*full.excluded, Arm("_put_moments", "total != total"))
+    power = Arm("_power")
+    # A loop counts once: one ε.
+    operations = "a minimum, a maximum, 3 sums in float64, a comparison and a sum for an ε"
+    if has_bins:
+        operations += ", a difference and a product in float64, an addition to a bin"
+    return Row(
+        name=f"statistics/{name}",
+        kernel=statistics.statistics_kernel,
+        types=types,
+        choices=lambda target: {
+            **statistics.launch_choices(size, is_masked, has_bins, not target.is_nvidia),
+            **fixed,
+        },
+        work=Elementwise(
+            elements=statistics.BLOCKS[size],
+            streams=(Stream("read weight", size, LOADED), *([BITS_READ] * is_masked)),
+            operations=operations,
+            ways={
+                "usual": Way(full.required, (*unusual, power)),
+                "powered": Way((*full.required, power), unusual),
+            },
+            is_memory_bound=False,
+        ),
+        files=files_of(statistics),
+    )
+
+
+def _combine_row() -> Row:
+    return Row(
+        name="statistics/combine",
+        kernel=statistics.combine_kernel,
+        types={"partials": "*fp64", "counts": "*i64", "moments": "*fp64", "programs": "i32"},
+        choices=lambda target: statistics.combine_choices(),
+        work=None,
+        files=files_of(statistics),
+    )
+
+
+ROWS: tuple[Row, ...] = (
+    *power_rows(),
+    *bitmask_rows(),
+    *step_rows(),
+    *product_rows(),
+    *select_rows(),
+    *statistics_rows(),
+)
 """Every row, in the order in which they are compiled and printed."""

@@ -2,6 +2,7 @@
 #include "kernels/bitmask.h"
 #include "kernels/isa.h"
 #include "kernels/power.h"
+#include "kernels/select.h"
 #include "kernels/statistics.h"
 #include "kernels/step.h"
 
@@ -11,6 +12,7 @@ namespace ppkernels {
 #define PPKERNELS_DECLARE                     \
   extern const BitmaskKernels kBitmask;       \
   extern const PowerKernels kPower;           \
+  extern const SelectKernels kSelect;         \
   extern const StatisticsKernels kStatistics; \
   extern const StepKernels kStep;
 
@@ -78,6 +80,7 @@ Isa best_isa() {
 
 const BitmaskKernels& bitmask_kernels(Isa isa) { PPKERNELS_PICK(kBitmask) }
 const PowerKernels& power_kernels(Isa isa) { PPKERNELS_PICK(kPower) }
+const SelectKernels& select_kernels(Isa isa) { PPKERNELS_PICK(kSelect) }
 const StatisticsKernels& statistics_kernels(Isa isa) { PPKERNELS_PICK(kStatistics) }
 const StepKernels& step_kernels(Isa isa) { PPKERNELS_PICK(kStep) }
 

@@ -136,22 +136,28 @@ def _scaled(x, scale):
 
 
 @triton.jit
-def _power(x, exponent, scale, PRECISE: tl.constexpr):
-    """`scaled_power` by the general formula."""
-    DTYPE: tl.constexpr = x.dtype
+def exponent_and_mantissa(size):
+    """k and 1+f with size = 2^k·(1+f), 1+f in [√½, √2), both in the type of size > 0, finite."""
+    DTYPE: tl.constexpr = size.dtype
     DOUBLE: tl.constexpr = DTYPE == tl.float64
     MANTISSA: tl.constexpr = 52 if DOUBLE else 23
     ONE: tl.constexpr = 0x3FF0000000000000 if DOUBLE else 0x3F800000
     SQRT_HALF: tl.constexpr = 0x3FE6A09E667F3BCD if DOUBLE else 0x3F3504F3
-    INFINITY: tl.constexpr = 0x7FF0000000000000 if DOUBLE else 0x7F800000
     SMALLEST_NORMAL: tl.constexpr = 2.0**-1022 if DOUBLE else 2.0**-126
-
-    # |x| = 2^k·(1+f); subnormal numbers are scaled up to have a leading bit.
-    size = tl.abs(x)
+    # Subnormal numbers are scaled up to have a leading bit.
     raised = tl.where(size < SMALLEST_NORMAL, tl.full((), 2.0 ** (MANTISSA + 1), DTYPE), 1.0)
     shifted = _bits(size * raised) - _bits(raised) + (ONE - SQRT_HALF)
     k = (shifted >> MANTISSA).to(DTYPE)
-    near_one = ((shifted & ((1 << MANTISSA) - 1)) + SQRT_HALF).to(DTYPE, bitcast=True)
+    return k, ((shifted & ((1 << MANTISSA) - 1)) + SQRT_HALF).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _power(x, exponent, scale, PRECISE: tl.constexpr):
+    """`scaled_power` by the general formula."""
+    DTYPE: tl.constexpr = x.dtype
+    INFINITY: tl.constexpr = 0x7FF0000000000000 if DTYPE == tl.float64 else 0x7F800000
+    size = tl.abs(x)
+    k, near_one = exponent_and_mantissa(size)
 
     bounded = tl.minimum(exponent, 16384.0)
     if PRECISE:

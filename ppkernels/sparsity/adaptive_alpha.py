@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ppkernels._checks import check_word
 from ppkernels._powered import Keep
 from ppkernels.nn import set_alpha
-from ppkernels.sparsity.momentum import check_follows, follow_alpha
-from ppkernels.sparsity.phases import Entries, Phase, phases_of, sparsity_of
-
-Decision = Literal["rise", "fall", "hold"]
+from ppkernels.sparsity.layers import Select, check_model, unwrapped
+from ppkernels.sparsity.momentum import check_follows, follow_alpha, optimizers_of
+from ppkernels.sparsity.phases import (
+    Decision,
+    Entries,
+    Memory,
+    Options,
+    Phase,
+    check_fits,
+    layers_of,
+    phases_of,
+    sparsity_of,
+)
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,9 @@ class AlphaRecord:
         epoch: how many epochs had been trained.
         layer: the layer's name; ``"model"`` for all layers together.
         alpha: α in the last of these epochs.
-        sparsity: the share of entries with |θ| < ε that they ended with.
-        decision: ``"rise"``, ``"fall"``, or ``"hold"`` at the bound; None where none was due.
+        sparsity: the share of entries with |θ| < ε that they ended with; NaN where no entry counts.
+        decision: ``"rise"``, ``"fall"``, or ``"hold"`` at the bound, or where no entry counts; None
+            where none was due.
         next_alpha: α from here on.
         next_sparsity: the share of entries with |θ| < ε right after the change, with no training.
     """
@@ -73,15 +80,16 @@ class AdaptiveAlpha:
     the weights below 1 smaller and more of them less than ε, and training brings back those that
     matter; each fall does the opposite. So a rise is mostly followed by another one, which is what
     the bound is for, and a fall by further ones, towards α = 1. The records tell the jump
-    (``next_sparsity``) from the training after it. With ``keep="theta"`` the network stays as it
-    is, and only its further training changes.
+    (``next_sparsity``) from the training after it. In float16 a rise also makes weights 0 that fall
+    below 6e-8, and they stay 0. With ``keep="theta"`` the network stays as it is, and only its
+    further training changes.
 
     α changes in place: no new graph under torch.compile, the same Parameters for the optimizer. All
     processes of a distributed training measure the same weights and decide alike.
 
     Args:
-        model: any module with powered layers; layers that share a weight count once. It may be
-            compiled or wrapped.
+        model: any module with powered layers; layers that share a weight count once.
+            DistributedDataParallel, DataParallel and torch.compile around it are looked through.
         epsilon: ε > 0.
         period: epochs between decisions.
         cr: the factor of a geometric change of α − 1, > 1.
@@ -93,25 +101,31 @@ class AdaptiveAlpha:
         per_layer: adapt each layer by its own sparsity. Otherwise all have one α.
         entries: which entries are counted: ``"all"``, those that ``mask`` hides as 0; or
             ``"trained"``, those whose bits in ``mask`` and ``update_mask`` are not 0, so that
-            pruning does not count as the merit of α.
+            pruning does not count as the merit of α. A layer without such entries keeps its α.
+        select: which powered layers: the names of some, or a function of name and layer. By default
+            those whose weight requires a gradient at this moment. All others keep their α, unless
+            they share a weight with one of these.
         optimizer: needed with ``keep="theta"``, one or several: φ becomes another one, and averages
             of ∂L/∂φ (the momentum of the chain rule, of a stored φ under any rule) are scaled to
             it; where θ = 0 and α falls they begin anew. Known are the states of SGD and Adam, those
             of `pp.optim` included. With ``keep="phi"`` nothing is scaled.
 
-    A change of α with ``keep="phi"`` moves frozen entries of θ too: where they hold other tasks,
-    keep θ.
+    A change of α with ``keep="phi"`` moves all of a layer's θ: entries that an ``update_mask``
+    freezes, and a weight without ``requires_grad`` that you select, or freeze later. Where these
+    hold other tasks or a pretrained backbone, keep θ or leave the layer out.
 
     Attributes:
+        options: the numbers and words above, as they were given.
         history: an `AlphaRecord` for each call of `step` or `measure`, or one for each layer.
         epoch: how many epochs have been begun.
 
     Raises:
         TypeError, ValueError: numbers out of range; no powered layer; layers of different α without
             ``per_layer``; α = 1, where a geometric rise begins and never leaves; α above
-            ``alpha_max``.
+            ``alpha_max``; a sharded weight (DTensor); with ``keep="theta"`` no optimizer that holds
+            one of the weights.
         RuntimeError: a weight that torch.nn.utils has parametrized or pruned; an optimizer's state
-            of unknown meaning.
+            of unknown meaning, with ``keep="theta"``.
 
     Source: A. Jain, V. Raj, V. Asgaonkar, "Powerpropagation", 2022, section 5.
     """
@@ -128,34 +142,24 @@ class AdaptiveAlpha:
         alpha_max: float = 3.0,
         per_layer: bool = False,
         entries: Entries = "all",
+        select: Select | None = None,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
     ) -> None:
-        self.epsilon = _number("epsilon", epsilon, above=0)
-        if not isinstance(period, int) or isinstance(period, bool) or period < 1:
-            raise ValueError(f"AdaptiveAlpha: period must be a whole number >= 1, got {period!r}")
-        self.period = period
-        self.cr = _number("cr", cr, above=1)
-        self.cd = _number("cd", cd, above=0)
-        self.alpha_max = _number("alpha_max", alpha_max, above=1, or_inf=True)
-        check_word("AdaptiveAlpha", "keep", keep, "phi", "theta")
-        check_word("AdaptiveAlpha", "entries", entries, "all", "trained")
-        self.keep, self.entries, self.per_layer = keep, entries, per_layer
-        self._optimizers = _several(optimizer)
+        self.options = Options(epsilon, period, cr, cd, keep, alpha_max, per_layer, entries)
+        self._optimizers = optimizers_of(optimizer)
         if keep == "theta" and not self._optimizers:
             raise TypeError(
                 "AdaptiveAlpha: keep='theta' makes phi another one, and an optimizer's averages of "
                 "its gradients have to follow; pass optimizer=..."
             )
-        self._phases = phases_of(model, per_layer)
+        check_model("AdaptiveAlpha", model)
+        self._model = unwrapped(model)
+        self._phases = phases_of(self._model, per_layer, select)
         self.epoch = 0
         self.history: list[AlphaRecord] = []
-        for name, phase in self._phases.items():
-            alpha = self._alpha(name, phase)
-            if alpha > self.alpha_max:
-                raise ValueError(
-                    f"AdaptiveAlpha: {name!r} begins with alpha {alpha}, above alpha_max "
-                    f"{self.alpha_max}"
-                )
+        self._is_loaded = False
+        self._alphas()
+        self._check_optimizers()
 
     # ---- for the training loop
 
@@ -166,10 +170,16 @@ class AdaptiveAlpha:
             the new records: one, or one for each layer.
 
         Raises:
-            ValueError: NaN or infinity among the weights; layers that somebody gave different
-                exponents; an exponent set to 1 in the initial phase; no entry to count.
+            ValueError: NaN or infinity among the weights, or infinity after a rise; layers that
+                somebody gave different exponents, one above the bound, or 1 in the initial phase;
+                after `load_state_dict`, a model with exponents that are not those of the state; no
+                entry to count.
+            RuntimeError: a layer that was folded or exchanged; an optimizer's state of unknown
+                meaning, with ``keep="theta"``.
+
+        Nothing is changed nor counted when an error is raised.
         """
-        decides = self.epoch > 0 and self.epoch % self.period == 0
+        decides = self.epoch > 0 and self.epoch % self.options.period == 0
         records = self._act() if decides else self._look()
         self.epoch += 1
         return self._note(records)
@@ -179,59 +189,48 @@ class AdaptiveAlpha:
         return self._note(self._look())
 
     def _look(self) -> list[AlphaRecord]:
-        sparsity = sparsity_of(self._phases, self.epsilon, self.entries)
+        sparsity, alphas = self._sparsity(), self._alphas()
         return [
             AlphaRecord(self.epoch, name, alpha, sparsity[name], None, alpha, sparsity[name])
-            for name, phase in self._phases.items()
-            for alpha in [self._alpha(name, phase)]
+            for name, alpha in alphas.items()
         ]
 
     def _act(self) -> list[AlphaRecord]:
-        sparsity = sparsity_of(self._phases, self.epsilon, self.entries)
-        alphas = {name: self._alpha(name, phase) for name, phase in self._phases.items()}
-        decisions, changed = {}, {}
+        sparsity, alphas = self._sparsity(), self._alphas()
+        decided = {
+            name: phase.decide(self.options, alphas[name], sparsity[name])
+            for name, phase in self._phases.items()
+        }
+        # Whatever may go wrong does so before anything changes.
+        self._check_optimizers()
         for name, phase in self._phases.items():
-            decisions[name], changed[name] = self._decide(phase, alphas[name], sparsity[name])
-            self._check(phase)
+            for layer_name, layer in phase.layers.items():
+                if self.options.keep == "phi" and decided[name][1] > alphas[name]:
+                    check_fits(layer_name, layer, decided[name][1])
         for name, phase in self._phases.items():
-            self._change(phase, alphas[name], changed[name])
-            phase.init = phase.init and decisions[name] != "fall"
-            phase.old_alpha, phase.old_sparsity = alphas[name], sparsity[name]
-        after = sparsity_of(self._phases, self.epsilon, self.entries)
+            decision, alpha = decided[name]
+            self._change(phase, alphas[name], alpha)
+            phase.remember(decision, alphas[name], sparsity[name])
+        after = self._sparsity()
         return [
-            AlphaRecord(
-                self.epoch,
-                name,
-                alphas[name],
-                sparsity[name],
-                decisions[name],
-                changed[name],
-                after[name],
-            )
+            AlphaRecord(self.epoch, name, alphas[name], sparsity[name], *decided[name], after[name])
             for name in self._phases
         ]
 
-    def _decide(self, phase: Phase, alpha: float, sparsity: float) -> tuple[Decision, float]:
-        """The algorithm: what is decided, and the next α."""
-        is_new = phase.old_alpha is not None and phase.old_alpha != alpha
-        if is_new and sparsity < phase.old_sparsity:
-            return "fall", min(1 + (alpha - 1) / self.cr, self.alpha_max)
-        risen = 1 + self.cr * (alpha - 1) if phase.init else alpha + self.cd
-        chosen = min(risen, self.alpha_max)
-        return "rise" if chosen > alpha else "hold", chosen
+    def _sparsity(self) -> dict[str, float]:
+        return sparsity_of(self._model, self._phases, self.options)
 
-    def _check(self, phase: Phase) -> None:
+    def _check_optimizers(self) -> None:
         """Raise if an optimizer's state could not follow a change."""
-        for layer in phase.layers.values():
-            for optimizer in self._optimizers:
-                check_follows(optimizer, layer)
+        if self.options.keep == "theta":
+            check_follows(self._optimizers, layers_of(self._model, self._phases))
 
     def _change(self, phase: Phase, before: float, after: float) -> None:
         if after == before:
             return
-        layers = phase.layers.values()
-        set_alpha(nn.ModuleList(cast(nn.Module, layer) for layer in layers), after, keep=self.keep)
-        if self.keep == "theta":
+        layers, keep = phase.layers.values(), self.options.keep
+        set_alpha(nn.ModuleList(cast(nn.Module, layer) for layer in layers), after, keep=keep)
+        if keep == "theta":
             for layer in layers:
                 for optimizer in self._optimizers:
                     follow_alpha(optimizer, layer, before, after)
@@ -243,6 +242,20 @@ class AdaptiveAlpha:
         self.history += records
         return records
 
+    def _alphas(self) -> dict[str, float]:
+        """The exponent of each phase."""
+        alphas = {name: self._alpha(name, phase) for name, phase in self._phases.items()}
+        if self._is_loaded and self.history:
+            saved = {record.layer: record.next_alpha for record in self.history}
+            for name, alpha in alphas.items():
+                if saved[name] != alpha:
+                    raise ValueError(
+                        f"AdaptiveAlpha: the state that was loaded left {name!r} with alpha "
+                        f"{saved[name]}, and the model has {alpha}; load the model's state_dict too"
+                    )
+        self._is_loaded = False
+        return alphas
+
     def _alpha(self, name: str, phase: Phase) -> float:
         alphas = {layer: float(powered.alpha) for layer, powered in phase.layers.items()}
         alpha = next(iter(alphas.values()))
@@ -251,7 +264,12 @@ class AdaptiveAlpha:
                 f"AdaptiveAlpha: the layers have different exponents, {alphas}; give them one with "
                 "pp.set_alpha, or adapt each by itself with per_layer=True"
             )
-        if alpha == 1 and phase.init:
+        if alpha > self.options.alpha_max:
+            raise ValueError(
+                f"AdaptiveAlpha: {name!r} has alpha {alpha}, above alpha_max "
+                f"{self.options.alpha_max}"
+            )
+        if alpha == 1 and phase.memory.init:
             raise ValueError(
                 f"AdaptiveAlpha: {name!r} has alpha 1, which the geometric rise 1 + cr*(alpha - 1) "
                 "never leaves; begin above it, with 1.25 say"
@@ -261,45 +279,52 @@ class AdaptiveAlpha:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, phases and history, in plain numbers; the exponents are in the model's."""
+        """Epoch, options, layers, phases and history, in plain numbers and words.
+
+        The exponents are in the model's state_dict.
+        """
         return {
             "epoch": self.epoch,
-            "epsilon": self.epsilon,
-            "entries": self.entries,
-            "phases": {
-                name: {
-                    "init": phase.init,
-                    "old_alpha": phase.old_alpha,
-                    "old_sparsity": phase.old_sparsity,
-                }
-                for name, phase in self._phases.items()
-            },
+            "options": asdict(self.options),
+            "layers": {name: list(phase.layers) for name, phase in self._phases.items()},
+            "phases": {name: asdict(phase.memory) for name, phase in self._phases.items()},
             "history": [asdict(record) for record in self.history],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken; the model's own state_dict brings the exponents.
 
+        Load both, in any order: the next `step` or `measure` compares them.
+
         Raises:
-            ValueError: a state of other layers, or of sparsity measured otherwise.
+            ValueError: a state of other layers, with other options, or that is none. Nothing is
+                changed then.
         """
-        if list(state["phases"]) != list(self._phases):
-            raise ValueError(
-                f"AdaptiveAlpha: the state is of {list(state['phases'])}, and this controller is "
-                f"of {list(self._phases)}"
-            )
-        for name, own in (("epsilon", self.epsilon), ("entries", self.entries)):
-            if state[name] != own:
+        own = self.state_dict()
+        if not isinstance(state, Mapping) or set(state) != set(own):
+            came = list(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"{_LOADING}: the keys must be {list(own)}, got {came}")
+        options = state["options"] if isinstance(state["options"], Mapping) else {}
+        for name, option in own["options"].items():
+            saved = options.get(name)
+            if saved != option:
                 raise ValueError(
-                    f"AdaptiveAlpha: the state was measured with {name} {state[name]!r}, and this "
-                    f"controller has {own!r}"
+                    f"{_LOADING}: the state was taken with {name} {saved!r}, and this controller "
+                    f"has {option!r}"
                 )
-        self.epoch = state["epoch"]
-        for name, phase in self._phases.items():
-            saved = state["phases"][name]
-            phase.init = saved["init"]
-            phase.old_alpha, phase.old_sparsity = saved["old_alpha"], saved["old_sparsity"]
-        self.history = [AlphaRecord(**record) for record in state["history"]]
+        if state["layers"] != own["layers"]:
+            raise ValueError(
+                f"{_LOADING}: the state is of {state['layers']}, and this controller is of "
+                f"{own['layers']}"
+            )
+        try:
+            memories = {name: Memory(**state["phases"][name]) for name in self._phases}
+            history = [AlphaRecord(**record) for record in state["history"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{_LOADING}: phases or history are incomplete: {error!r}") from error
+        for name, memory in memories.items():
+            self._phases[name].memory = memory
+        self.epoch, self.history, self._is_loaded = state["epoch"], history, True
 
     # ---- the picture
 
@@ -307,26 +332,7 @@ class AdaptiveAlpha:
         """Draw α and the sparsity over the epochs to the file ``path``; needs matplotlib."""
         from ppkernels.sparsity.plots import alpha_history
 
-        alpha_history(self.history, self.epsilon, path)
+        alpha_history(self.history, self.options.epsilon, path)
 
 
-def _several(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    for other in optimizers:
-        if not isinstance(other, Optimizer):
-            raise TypeError(
-                "AdaptiveAlpha: optimizer must be a torch.optim.Optimizer or several, got "
-                f"{type(other).__name__}"
-            )
-    return optimizers
-
-
-def _number(name: str, value: Any, *, above: float, or_inf: bool = False) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"AdaptiveAlpha: {name} must be a number, got {value!r}")
-    number = float(value)
-    if not (number > above and (or_inf or math.isfinite(number))):
-        raise ValueError(f"AdaptiveAlpha: {name} must be a number > {above}, got {value}")
-    return number
+_LOADING = "AdaptiveAlpha.load_state_dict"

@@ -129,7 +129,7 @@ class PerLayer:
                 f"PerLayer: there is no share for {missing[0]!r}; name it too (1 keeps all), or "
                 "leave the layer out with select"
             )
-        return {name: float(kept_of[name]) for name in sizes}
+        return {name: check_share("PerLayer", f"kept[{name!r}]", kept_of[name]) for name in sizes}
 
 
 def _erk_weight(size: Size) -> Fraction:
@@ -170,7 +170,7 @@ def _given(distribution: str, kept: float | None) -> float:
             f"{distribution}: the share to keep must be a number from 0 to 1, got None; only "
             "PerLayer has the shares itself"
         )
-    return float(kept)
+    return check_share(distribution, "kept", kept)
 
 
 def _by_weight(

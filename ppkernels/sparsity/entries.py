@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ppkernels import _powered
 from ppkernels._powered import MaskedLayer
@@ -18,10 +17,9 @@ from ppkernels.nn import add_masks
 from ppkernels.nn.checkpoint import MASKS
 from ppkernels.nn.choice import ADD_MASKS, MASKED, called, selected_layers
 from ppkernels.ops import BitMask, apply_mask
+from ppkernels.sparsity.layers import Select, check_present, own_weight
 from ppkernels.sparsity.watch import Watch
 from ppkernels.sparsity.weights import Size, Weight
-
-Select = Callable[[str, nn.Module], bool] | Iterable[str]
 
 # How errors call what is done to layers here.
 _PRUNE = replace(ADD_MASKS, op="Pruner", done="pruned")
@@ -96,18 +94,14 @@ class Entries:
         """Each weight with the names of the layers that have it."""
         names: dict[nn.Parameter, list[str]] = {}
         for name, layer in self.layers.items():
-            names.setdefault(_parameter(name, layer), []).append(name)
+            names.setdefault(own_weight("Pruner", name, layer), []).append(name)
         return names
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights by the name of their layer; one that several layers share comes once."""
-        present = dict(self.model.named_modules(remove_duplicate=False))
-        for name, layer in self.layers.items():
-            if present.get(name) is not layer or not _powered.is_masked(layer):
-                raise RuntimeError(
-                    f"Pruner: {name!r} is no longer the layer with masks that it was when the "
-                    "pruner was made; make a new one (and pp.fold a model when all is pruned)"
-                )
+        made = "layer with masks that it was when the pruner was made"
+        hint = " (and pp.fold a model when all is pruned)"
+        check_present("Pruner", made, self.model, self.layers, _powered.is_masked, hint)
         return {names[0]: weight for weight, names in self._names().items()}
 
     def ranked(self) -> dict[str, Weight]:
@@ -120,10 +114,7 @@ class Entries:
                     "to rank; load the model's values first"
                 )
             layer = self.layers[name]
-            alpha = None
-            if _powered.is_powered(layer) and layer.stores == "phi":
-                alpha = layer.alpha
-            found[name] = Weight(weight, alpha)
+            found[name] = Weight(weight, _powered.alpha_of_stored(layer))
         return found
 
     def mask(self, name: str, weight: nn.Parameter) -> BitMask:
@@ -245,17 +236,6 @@ class Entries:
         self.enforce()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # its class comes with the compiler
-            model = cast(nn.Module, model._modules["_orig_mod"])
-        else:
-            return model
-
-
 def _share(count: int, entries: int) -> float:
     return count / entries if entries else 1.0
 
@@ -274,21 +254,6 @@ def _give(weight: nn.Parameter, mask: BitMask) -> list[tuple[MaskedLayer, BitMas
             layer.update_mask = joint
         given.append((layer, layer.update_mask))
     return given
-
-
-def _parameter(name: str, layer: MaskedLayer | nn.Module) -> nn.Parameter:
-    weight = _powered.weight_parameter(layer)
-    if weight is None:
-        raise RuntimeError(
-            f"Pruner: the weight of {name!r} is no longer a Parameter of its own "
-            "(torch.nn.utils.prune, parametrize or weight_norm has replaced it)"
-        )
-    if type(weight) is not nn.Parameter:
-        raise TypeError(
-            f"Pruner: the weight of {name!r} is a {type(weight).__name__}, whose entries may be "
-            "elsewhere; prune before the model is sharded"
-        )
-    return weight
 
 
 def _chosen(model: nn.Module, select: Select | None) -> dict[str, MaskedLayer]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from ppkernels._powered import PoweredLayer, weight_parameter
 
@@ -16,20 +17,61 @@ _DEGREES = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq
 _OTHERS = ("master",)
 
 
-def check_follows(optimizer: Optimizer, layer: PoweredLayer) -> None:
-    """The state of ``layer``'s weight is one that `follow_alpha` can carry over.
+def optimizers_of(optimizer: Any) -> list[Optimizer]:
+    """One optimizer, several or none, as a list."""
+    if optimizer is None:
+        return []
+    wanted = "AdaptiveAlpha: optimizer must be a torch.optim.Optimizer or several, got "
+    if isinstance(optimizer, Optimizer):
+        return [optimizer]
+    if not isinstance(optimizer, Iterable):
+        raise TypeError(wanted + type(optimizer).__name__)
+    optimizers = list(optimizer)
+    for other in optimizers:
+        if not isinstance(other, Optimizer):
+            raise TypeError(wanted + type(other).__name__)
+    return optimizers
+
+
+def check_follows(optimizers: Sequence[Optimizer], layers: Mapping[str, PoweredLayer]) -> None:
+    """The states of the layers' weights are such that `follow_alpha` can carry them over.
 
     Raises:
-        RuntimeError: it holds a tensor that is not known to be an average of gradients.
+        ValueError: no optimizer holds a weight that requires a gradient.
+        RuntimeError: a state holds what is not known to be an average of gradients.
     """
-    for name, value in _state(optimizer, layer).items():
-        is_known = name in _DEGREES or name in _OTHERS
-        if isinstance(value, Tensor) and value.shape == layer.weight.shape and not is_known:
-            raise RuntimeError(
-                f"AdaptiveAlpha: nobody has said how {name!r} in the state of "
-                f"{type(optimizer).__name__} follows when theta is kept and phi changes; known are "
-                f"{', '.join(_DEGREES)}, so use SGD or one of Adam's kind, or keep='phi'"
+    for name, layer in layers.items():
+        weight = layer.weight
+        holding = [each for each in optimizers if _group(each, weight) is not None]
+        if weight.requires_grad and not holding:
+            classes = ", ".join(type(each).__name__ for each in optimizers)
+            raise ValueError(
+                f"AdaptiveAlpha: keep='theta' needs the optimizer of every weight, whose momentum "
+                f"has to follow, and none of those given ({classes}) holds the weight of {name!r}"
             )
+        for optimizer in holding:
+            _check_state(_innermost(optimizer), name, layer)
+
+
+def _check_state(optimizer: Optimizer, name: str, layer: PoweredLayer) -> None:
+    state = _state(optimizer, layer)
+    # It keeps one flat history of all weights, under the first of them.
+    unknown = ["old_dirs"] if isinstance(optimizer, LBFGS) else []
+    unknown += [key for key, value in state.items() if not _is_known(key, value, layer)]
+    if unknown:
+        raise RuntimeError(
+            f"AdaptiveAlpha: nobody has said how {unknown[0]!r} in the state that "
+            f"{type(optimizer).__name__} keeps of the weight of {name!r} follows when theta is "
+            f"kept and phi changes; known are {', '.join(_DEGREES)}, of the weight's shape, so use "
+            "SGD or one of Adam's kind, or keep='phi'"
+        )
+
+
+def _is_known(key: str, value: Any, layer: PoweredLayer) -> bool:
+    """Whether a state is scaled, or has no part in φ: a single number, or nothing."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return (key in _DEGREES or key in _OTHERS) and value.shape == layer.weight.shape
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
 @torch.no_grad()
@@ -39,7 +81,7 @@ def follow_alpha(optimizer: Optimizer, layer: PoweredLayer, before: float, after
     ∂L/∂φ' = ∂L/∂φ · dφ/dφ', and dφ/dφ' = (α'/α)·|θ|^(1/α − 1/α'). Where θ = 0 and α' < α that is
     infinite, and the averages begin anew at 0. Averages of ∂L/∂θ, those of the virtual rule, stay.
     """
-    state = _state(optimizer, layer)
+    state = _state(_innermost(optimizer), layer)
     if not any(name in state for name in _DEGREES):
         return
     # |θ|^(1/α − 1/α') = |φ'|^(α'/α − 1)
@@ -53,13 +95,27 @@ def follow_alpha(optimizer: Optimizer, layer: PoweredLayer, before: float, after
             state[name].mul_(factor if degree == 1 else factor.square())
 
 
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that has the states: ZeroRedundancyOptimizer and its like step another one."""
+    while isinstance(inner := getattr(optimizer, "optim", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _group(optimizer: Optimizer, weight: Tensor | None) -> dict[str, Any] | None:
+    """The parameter group that has ``weight``."""
+    for group in optimizer.param_groups:
+        if any(parameter is weight for parameter in group["params"]):
+            return group
+    return None
+
+
 def _state(optimizer: Optimizer, layer: PoweredLayer) -> dict[str, Any]:
     """What ``optimizer`` keeps of ∂L/∂φ for ``layer``'s weight; nothing where it averages ∂L/∂θ."""
     weight = weight_parameter(layer)
-    if weight is None:
+    # A part of a sharded state may be that of other weights.
+    group = None if weight is None else _group(optimizer, weight)
+    if weight is None or group is None:
         return {}
-    for group in optimizer.param_groups:
-        if any(parameter is weight for parameter in group["params"]):
-            averages_theta = layer.stores == "theta" and group.get("rule") == "virtual"
-            return {} if averages_theta else optimizer.state.get(weight, {})
-    return {}
+    averages_theta = layer.stores == "theta" and group.get("rule") == "virtual"
+    return {} if averages_theta else optimizer.state.get(weight, {})

@@ -15,7 +15,8 @@ from ppkernels._checks import check_whole
 from ppkernels._shares import check_share
 from ppkernels.ops import BitMask
 from ppkernels.sparsity.distributions import Distribution, Global
-from ppkernels.sparsity.entries import Entries, Kept, Select, unwrapped
+from ppkernels.sparsity.entries import Entries, Kept
+from ppkernels.sparsity.layers import Select, check_model, unwrapped
 from ppkernels.sparsity.schedules import Schedule
 from ppkernels.sparsity.scores import Magnitude, NonFiniteGradient, Score, check_scores
 from ppkernels.sparsity.types import Type, Unstructured
@@ -135,10 +136,7 @@ class Pruner:
         type: Type = Unstructured(),
         select: Select | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"Pruner: model must be a torch.nn.Module, got {model.__class__.__name__}"
-            )
+        check_model("Pruner", model)
         _check_choice("schedule", schedule, Schedule, "OneShot(0.05)")
         _check_choice("score", score, Score, "Magnitude()")
         _check_choice("distribution", distribution, Distribution, "Global()")

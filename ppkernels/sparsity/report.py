@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from ppkernels._powered import PoweredLayer, is_powered
+from ppkernels._checks import check_floating, check_numbers, check_whole
+from ppkernels._powered import alpha_of_stored, is_powered, weight_parameter
 from ppkernels.ops import BitMask, Statistics
-from ppkernels.sparsity.seen import bin_edges, seen
+from ppkernels.sparsity.layers import check_model, check_whole_weight, shown, unwrapped
+from ppkernels.sparsity.seen import epsilon_text, seen
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class LayerReport:
         alpha: α; None for a plain layer, and for all where they differ.
         stores: ``"theta"`` or ``"phi"``; None for a plain layer, and for all where they differ.
         kept: how many entries have θ ≠ 0.
-        frozen: how many entries no step moves: the bit of ``update_mask`` is 0, or the weight does
-            not require a gradient.
+        frozen: how many entries no step moves: the bit of ``update_mask`` is 0, or no Parameter
+            that the weight comes from requires a gradient.
         statistics: of θ, an entry that ``mask`` hides being 0; the histogram is from −m to m, m the
             largest |θ|; none for all.
         bytes_dense: entries · bytes of one.
@@ -97,13 +101,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `pp.report` found. ``str(report)`` is a table.
+    """What `pp.report` found. ``str(report)`` is a table of what matters most, `as_dict` has all.
 
     Attributes:
         layers: one `LayerReport` for each weight, in the model's order.
         total: the same of all of them together.
         other_parameters: how many entries the model's other parameters have: biases, norms,
-            embeddings.
+            embeddings, recurrent weights, the input projections of attention, and what a subclass
+            of a layer has besides its weight.
     """
 
     layers: tuple[LayerReport, ...]
@@ -131,13 +136,16 @@ class Report:
     def plot(self, path: str | Path) -> None:
         """Draw a histogram of each layer's θ, and the shares, to the file ``path``.
 
+        Of more than 24 layers the 24 largest are drawn.
+
         Raises:
             ImportError: there is no matplotlib.
             ValueError: the report was made with ``bins=0``.
         """
         from ppkernels.sparsity.plots import report_picture
 
-        self._check_histograms("plot")
+        if not any(layer.statistics.histogram for layer in self.layers):
+            raise ValueError("Report.plot: the report has no histograms; make it with bins > 0")
         report_picture(self, path)
 
     def to_tensorboard(self, writer: Any, step: int) -> None:
@@ -147,17 +155,15 @@ class Report:
         ``alpha``, each followed by ``/<layer>`` or ``/total``, and ``theta/<layer>``. The weights
         are not read again, nor copied.
 
-        Raises:
-            ValueError: the report was made with ``bins=0``.
+        A report with ``bins=0`` has scalars alone.
         """
-        self._check_histograms("to_tensorboard")
         for layer in (*self.layers, self.total):
             if layer.entries == 0:
                 continue
             found = layer.statistics
             scalars = {"kept": layer.share_kept, "frozen": layer.share_frozen}
             for epsilon in found.below:
-                scalars[f"below_{epsilon:g}"] = found.share_below(epsilon)
+                scalars[f"below_{epsilon_text(epsilon)}"] = found.share_below(epsilon)
             scalars |= {"mean": found.mean, "mean_abs": found.mean_abs}
             if layer.alpha is not None:
                 scalars["alpha"] = layer.alpha
@@ -171,33 +177,29 @@ class Report:
                     num=found.count,
                     sum=found.sum,
                     sum_squares=found.sum_square,
-                    bucket_limits=bin_edges(found)[1:],
+                    bucket_limits=list(found.edges[1:]),
                     bucket_counts=list(found.histogram),
                     global_step=step,
                 )
 
-    def _check_histograms(self, method: str) -> None:
-        if not any(layer.statistics.histogram for layer in self.layers):
-            raise ValueError(
-                f"Report.{method}: the report has no histograms; make it with bins > 0"
-            )
-
 
 def report(
-    model: nn.Module, epsilons: Sequence[float] = (1e-3, 1e-2), *, bins: int = 101
+    model: nn.Module, epsilons: Iterable[float] = (1e-3, 1e-2), *, bins: int = 101
 ) -> Report:
     """What the weights of ``model`` are, layer by layer: kept, frozen, small, their size in bytes.
 
     Listed are powered layers, and all others of the classes nn.Linear and nn.Conv*, transposed ones
     and subclasses included, masked or plain. All numbers are of θ as the network sees it: powered,
     and 0 where a mask hides it. A weight that layers share comes once, under the first one's name.
+    DistributedDataParallel, DataParallel and torch.compile around the model are looked through.
+    Nothing of the model changes: a parametrized weight is computed as in evaluation.
 
     Each weight is read twice: for the extremes, sums and counts, and for the histogram, whose range
     the first pass finds; once with ``bins=0``. θ is not written anywhere. A GPU is waited for.
 
     Args:
         model: any module, or a layer.
-        epsilons: the ε > 0 for which entries with |θ| < ε are counted.
+        epsilons: the ε > 0 for which entries with |θ| < ε are counted; each once.
         bins: bins of each histogram; an odd number has 0 in the middle of one.
 
     Returns:
@@ -205,27 +207,31 @@ def report(
         ``.plot(path)``, ``.to_tensorboard(writer, step)``.
 
     Raises:
-        TypeError: no module.
-        ValueError: no such layer; an ε that is not positive; a weight without values (lazy, or on
-            the meta device), or with NaN or infinity in it, which the error names.
+        TypeError: no module; ε or bins that are no numbers; a weight that is sharded (DTensor), or
+            of a dtype that has no kernels, whose layer the error names.
+        ValueError: no such layer; an ε that is not positive; negative bins; a weight without values
+            (lazy, or on the meta device), with NaN or infinity in it, or, with bins, so large that
+            no histogram is as wide; the error names the layer.
 
     Example::
 
         print(pp.report(model))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
-    for epsilon in epsilons:
-        if not epsilon > 0:
-            raise ValueError(f"report: epsilons must be > 0, got {epsilon}")
+    check_model("report", model)
+    limits = tuple(dict.fromkeys(check_numbers("report", "epsilons", epsilons)))
+    for epsilon in limits:
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"report: epsilons must be finite and > 0, got {epsilon}")
+    bins = check_whole("report", "bins", bins, at_least=0)
+    model = unwrapped(model)
     found: dict[int, tuple[str, nn.Module, Tensor, list[str]]] = {}
     own: set[int] = set()
     for name, layer in _layers(model):
-        weight = cast(Tensor, layer.weight)
-        parameters = {id(p) for p in layer.parameters() if p is not layer.bias}
+        weight, sources = _weight_of(name, layer), _sources(layer)
         # What the weight comes from is a parameter of its own under torch.nn.utils.
-        key = id(weight) if id(weight) in parameters else id(layer)
-        own |= parameters
+        is_own = any(each is weight for each in sources)
+        key = id(weight) if is_own else id(layer)
+        own |= set(map(id, sources))
         if key in found:
             found[key][3].append(name)
         else:
@@ -235,7 +241,7 @@ def report(
             f"report: {type(model).__name__} holds no powered, linear or convolution layer"
         )
     layers = tuple(
-        _layer_report(name, layer, weight.detach(), tuple(tied), epsilons, bins)
+        _layer_report(name, layer, weight, tuple(tied), limits, bins)
         for name, layer, weight, tied in found.values()
     )
     others = sum(p.numel() for p in model.parameters() if id(p) not in own and not is_lazy(p))
@@ -243,20 +249,46 @@ def report(
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if not _is_listed(module):
-            continue
-        # The wrapper that torch.compile makes would give the same layer another name.
-        name = name.removeprefix("_orig_mod.") or type(module).__name__
-        if isinstance(module, LazyModuleMixin):
-            raise ValueError(f"report: {name!r} is lazy; run a batch through the model first")
-        if cast(Tensor, module.weight).is_meta:
-            raise ValueError(f"report: {name!r} is on the meta device and holds no values")
-        yield name, module
+    for path, module in model.named_modules():
+        if is_powered(module) or isinstance(module, (nn.Linear, _ConvNd)):
+            name = shown(path, module)
+            if isinstance(module, LazyModuleMixin):
+                raise ValueError(f"report: {name!r} is lazy; run a batch through the model first")
+            yield name, cast(nn.Module, module)
 
 
-def _is_listed(module: nn.Module) -> bool:
-    return is_powered(module) or isinstance(module, (nn.Linear, _ConvNd))
+def _weight_of(name: str, layer: nn.Module) -> Tensor:
+    """The weight of ``layer``, read once and as in evaluation, which leaves no traces.
+
+    A parametrization computes it anew at each look, and spectral_norm's goes on with its power
+    iteration where the layer is in training.
+    """
+    modes = [(module, module.training) for module in layer.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            weight = cast(Tensor, layer.weight)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    check_whole_weight("report", name, weight)
+    check_floating("report", f"the weight of {name!r}", weight)
+    if weight.is_meta:
+        raise ValueError(f"report: {name!r} is on the meta device and holds no values")
+    return weight
+
+
+def _sources(layer: nn.Module) -> list[nn.Parameter]:
+    """The Parameters that the weight comes from; torch.nn.utils puts others in its place."""
+    weight = weight_parameter(layer)
+    if weight is not None:
+        return [weight]
+    return [
+        parameter
+        for name, parameter in layer.named_parameters()
+        if name.removeprefix("parametrizations.").startswith("weight")
+    ]
 
 
 def _layer_report(
@@ -267,12 +299,12 @@ def _layer_report(
     epsilons: Sequence[float],
     bins: int,
 ) -> LayerReport:
-    has_power = is_powered(layer)
-    powered = cast(PoweredLayer, layer) if has_power else None
+    powered = layer if is_powered(layer) else None
     mask, update_mask = (_mask_of(layer, each) for each in ("mask", "update_mask"))
     entries, size = weight.numel(), weight.element_size()
-    found, zeros = seen(name, weight, powered, mask, epsilons, bins)
-    is_trained = cast(Tensor, layer.weight).requires_grad
+    found, zeros = seen(name, weight.detach(), alpha_of_stored(layer), mask, epsilons, bins)
+    sources: Sequence[Tensor] = _sources(layer) or [weight]
+    is_trained = any(source.requires_grad for source in sources)
     trained = (entries if update_mask is None else update_mask.count()) if is_trained else 0
     kept = entries - zeros
     return LayerReport(

@@ -60,7 +60,8 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("Random", "seed", self.seed, at_least=0, at_most=2**64 - 1)
+        if check_whole("Random", "seed", self.seed, at_least=0) >= 2**64:
+            raise ValueError(f"Random: seed must be below 2^64, got {self.seed}")
 
     def of(self, weights: Mapping[str, Weight]) -> dict[str, Weight]:
         """Numbers from [0, 1), float32, drawn on the CPU."""

@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ppkernels._powered import PoweredLayer
 from ppkernels.ops import BitMask, Statistics, statistics
 
 
 def seen(
     name: str,
     weight: Tensor,
-    powered: PoweredLayer | None,
+    alpha: Tensor | None,
     mask: BitMask | None,
     epsilons: Sequence[float],
     bins: int,
 ) -> tuple[Statistics, int]:
-    """The statistics of θ as the network sees it, and how many of its entries are 0."""
-    alpha = powered.alpha if powered is not None and powered.stores == "phi" else None
+    """The statistics of θ as the network sees it, and how many of its entries are 0.
+
+    ``alpha`` is that of a φ in ``weight``; ε are distinct.
+    """
     # Nothing but 0 is below the least number of the dtype.
     limits = torch.finfo(weight.dtype)
     least = limits.smallest_normal * limits.eps
     # By its name, for the errors of `statistics`.
-    one = {name: weight}
-    within = None if mask is None else {name: mask}
-    found = statistics(one, [*epsilons, least], alpha, within=within)[name]
+    one, within = {name: weight}, None if mask is None else {name: mask}
+    try:
+        found = statistics(one, [*epsilons, least], alpha, within=within)[name]
+    except ValueError as error:
+        raise ValueError(f"report: the weight of {name!r}: {error}") from error
     largest = max(-found.min, found.max) if found.count else 0.0
     if largest == float("inf"):
         raise ValueError(f"report: there is an infinite weight in {name!r}")
     if bins:
+        if largest > sys.float_info.max / 2:
+            raise ValueError(
+                f"report: |theta| goes up to {largest:g} in {name!r}, and no histogram is as wide "
+                "as twice that; bins=0 makes a report without any"
+            )
         # A width of a layer that is 0 throughout.
         largest = largest if largest > torch.finfo(torch.float32).tiny else 1.0
         ends = (-largest, largest)
         counted = statistics(one, (), alpha, bins=bins, range=ends, within=within)[name]
         found = replace(found, histogram=counted.histogram, range=ends)
     found = _with_zeros(found, weight.numel() - found.count)
-    below = {epsilon: found.below[epsilon] for epsilon in map(float, epsilons)}
-    return replace(found, below=below), found.below[least]
+    zeros = found.counts_below[-1]
+    return replace(found, epsilons=tuple(epsilons), counts_below=found.counts_below[:-1]), zeros
 
 
 def _with_zeros(found: Statistics, hidden: int) -> Statistics:
@@ -56,13 +65,12 @@ def _with_zeros(found: Statistics, hidden: int) -> Statistics:
         count=found.count + hidden,
         min=min(found.min, 0.0),
         max=max(found.max, 0.0),
-        below={epsilon: count + hidden for epsilon, count in found.below.items()},
+        counts_below=tuple(count + hidden for count in found.counts_below),
         histogram=tuple(histogram),
     )
 
 
-def bin_edges(found: Statistics) -> list[float]:
-    """The edges of the histogram's bins, one more than there are bins."""
-    low, high = found.range or (0.0, 0.0)
-    bins = len(found.histogram)
-    return [low + (high - low) * edge / bins for edge in range(bins + 1)]
+def epsilon_text(epsilon: float) -> str:
+    """ε in few digits, but never those of another one."""
+    short = f"{epsilon:g}"
+    return short if float(short) == epsilon else repr(epsilon)

@@ -5,58 +5,75 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ppkernels.sparsity.seen import epsilon_text
+
 if TYPE_CHECKING:
     from ppkernels.sparsity.report import LayerReport, Report
 
+# What a terminal shows without breaking lines.
+_WIDTH = 100
+# Names are shortened to fit, but not below this.
+_LEAST = 12
 # Columns whose cells are words; the others are numbers and stand on the right.
-_WORDS = ("layer", "kind", "shape")
+_WORDS = ("layer", "shape")
 
 
 def report_table(report: Report) -> str:
     """A row for each layer and one for all, and what the columns mean."""
-    headings = ["layer", "kind", "shape", "α", "stores", "entries", "kept", "frozen"]
-    headings += [f"|θ|<{epsilon:g}" for epsilon in report.epsilons]
-    headings += ["mean θ", "mean |θ|", "dense", "packed"]
-    rows = [_cells(layer) for layer in (*report.layers, report.total)]
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    headings = ["layer", "shape", "α", "kept", "frozen"]
+    headings += [f"|θ|<{epsilon_text(epsilon)}" for epsilon in report.epsilons]
+    headings += ["dense", "packed"]
+    rows = [_cells(layer) for layer in report.layers]
+    total = [*_cells(report.total)]
+    total[1] = f"{report.total.entries:,}"
+    widths = [max(map(len, column)) for column in zip(headings, *rows, total, strict=True)]
+    others = sum(len(_GAP) + width for width in widths[1:])
+    widths[0] = min(widths[0], max(_WIDTH - others, _LEAST))
 
     def line(cells: list[str]) -> str:
+        cells = [shortened(cells[0], widths[0]), *cells[1:]]
         placed = [
             cell.ljust(width) if heading in _WORDS else cell.rjust(width)
             for cell, width, heading in zip(cells, widths, headings, strict=True)
         ]
-        return "  ".join(placed).rstrip()
+        return _GAP.join(placed).rstrip()
 
-    rule = "-" * len("  ".join("-" * width for width in widths))
-    parts = [line(headings), rule, *map(line, rows[:-1]), rule, line(rows[-1]), "", *_LEGEND]
+    rule = "-" * (widths[0] + others)
+    parts = [line(headings), rule, *map(line, rows), rule, line(total), "", *_LEGEND]
     if report.other_parameters:
-        parts.append(
+        parts += [
             f"Not listed: {report.other_parameters:,} entries of other parameters (biases, norms, "
-            "embeddings)."
-        )
+            "embeddings,",
+            "recurrent weights, input projections of attention, a subclass's own).",
+        ]
     return "\n".join(parts)
 
 
+_GAP = "  "
 _LEGEND = (
     "θ is the weight as the network sees it. kept: θ ≠ 0. frozen: no step moves it.",
     "packed: the kept values and a mask of 1 bit an entry, or dense where that is less.",
+    "Under shape, the last row has the number of all entries.",
 )
+
+
+def shortened(name: str, width: int) -> str:
+    """``name``, with … in its middle where it is longer than ``width``."""
+    if len(name) <= width:
+        return name
+    end = width // 2
+    return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
 
 
 def _cells(layer: LayerReport) -> list[str]:
     found = layer.statistics
     return [
         " = ".join((layer.name, *layer.tied)),
-        layer.kind,
         "" if layer.shape is None else "x".join(map(str, layer.shape)),
-        "-" if layer.alpha is None else f"{layer.alpha:.6g}",
-        layer.stores or "-",
-        f"{layer.entries:,}",
+        "-" if layer.alpha is None else f"{layer.alpha:.4g}",
         _percent(layer.share_kept),
         _percent(layer.share_frozen),
         *(_percent(found.share_below(epsilon)) for epsilon in found.below),
-        _number(found.mean),
-        _number(found.mean_abs),
         _bytes(layer.bytes_dense),
         _bytes(layer.bytes_packed),
     ]
@@ -72,10 +89,6 @@ def _percent(share: float) -> str:
     if share < 1 and text == "100.00%":
         return ">99.99%"
     return text
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2e}"
 
 
 def _bytes(count: int) -> str:

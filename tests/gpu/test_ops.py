@@ -10,7 +10,7 @@ import torch._dynamo
 from torch import Tensor
 
 import ppkernels as pp
-from ppkernels.testing import DTYPES, PRODUCTS, SAMPLES, STATISTICS, STEPS, check_values
+from ppkernels.testing import DTYPES, PRODUCTS, SAMPLES, SELECTIONS, STATISTICS, STEPS, check_values
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 
 
 @each_dtype
-@pytest.mark.parametrize("op", [*SAMPLES, *STEPS, *PRODUCTS, *STATISTICS])
+@pytest.mark.parametrize("op", [*SAMPLES, *STEPS, *PRODUCTS, *SELECTIONS, *STATISTICS])
 def test_values(op: str, dtype: torch.dtype) -> None:
     check_values(op, "cuda", (dtype,))
 
@@ -101,11 +101,59 @@ def test_masks_are_those_of_the_cpu() -> None:
         assert torch.equal(masked.cpu(), weight * mask)
 
 
+# ---- selection and statistics
+
+
+@pytest.mark.parametrize("alphas", [None, [1.5, 1.5, None]], ids=["one alpha", "several"])
+@each_dtype
+def test_selected_are_those_of_the_cpu(
+    dtype: torch.dtype, alphas: list[float | None] | None
+) -> None:
+    tensors = [torch.randn(shape).to(dtype) for shape in ((300, 70), (5_000,), (4, 3, 5))]
+    tensors[1][::2] = 0.5  # ties
+    tensors[0] = tensors[0].t()
+    within = [pp.BitMask.pack(torch.rand(t.shape) < 0.7) for t in tensors]
+    on_gpu = [tensor.cuda() for tensor in tensors]
+    for options in ({"k": 4_321}, {"share": [0.1, 0.5, 1.0]}, {"k": 6_000, "within": within}):
+        expected = pp.topk_mask(tensors, alpha=alphas, **options)
+        if "within" in options:
+            options = {**options, "within": [mask.to("cuda") for mask in within]}
+        for found, mask in zip(
+            pp.topk_mask(on_gpu, alpha=alphas, **options), expected, strict=True
+        ):
+            assert torch.equal(found.words.cpu(), mask.words)
+    on_gpu[2][1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN in tensors\[2\]"):
+        pp.topk_mask(on_gpu, 10, alphas)
+
+
+@each_dtype
+def test_statistics_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    weight, mask = torch.randn(300, 70).to(dtype), pp.BitMask.pack(torch.rand(300, 70) < 0.7)
+    options = {"bins": 600, "range": (-2.0, 2.0)}
+    for within, there in ((None, None), (mask, mask.to("cuda"))):
+        expected = pp.statistics(weight, (0.01, 1.0), within=within, **options)
+        found = pp.statistics(weight.cuda(), (0.01, 1.0), within=there, **options)
+        assert (found.count, found.below) == (expected.count, expected.below)
+        assert found.histogram == expected.histogram
+        assert (found.min, found.max) == (expected.min, expected.max)
+        assert found.sum == pytest.approx(expected.sum, abs=1e-12 * expected.sum_abs)
+        assert found.sum_abs == pytest.approx(expected.sum_abs, rel=1e-12)
+        assert found.sum_square == pytest.approx(expected.sum_square, rel=1e-12)
+        again = pp.statistics(weight.cuda(), (0.01, 1.0), within=there, **options)
+        assert again == found
+    powered = pp.statistics(weight, (0.01,), 1.5), pp.statistics(weight.cuda(), (0.01,), 1.5)
+    assert powered[1].sum_abs == pytest.approx(powered[0].sum_abs, rel=1e-3)
+    weight[7, 7] = torch.nan
+    with pytest.raises(ValueError, match="NaN in tensor"):
+        pp.statistics(weight.cuda())
+
+
 # ---- streams and devices
 
 
 def calls(device: str) -> list[Callable[[Tensor], Tensor]]:
-    """Forward, backward, mask and step as functions of a weight."""
+    """Forward, backward, mask, step, selection and statistics as functions of a weight."""
     alpha = torch.tensor(1.5, dtype=torch.float64, device=device)
     words = torch.full((2**15,), 0b10110101, dtype=torch.uint8, device=device)
 
@@ -114,11 +162,22 @@ def calls(device: str) -> list[Callable[[Tensor], Tensor]]:
         pp.sgd_step_([stepped], [weight], masks=[words], alphas=[alpha], lr=0.1)
         return stepped
 
+    def select(weight: Tensor) -> Tensor:
+        kept = torch.empty_like(words)
+        torch.ops.ppkernels.topk_bits_([kept], [weight], [1_000], [1.0], [words])
+        return kept
+
+    def measure(weight: Tensor) -> Tensor:
+        moments, _ = torch.ops.ppkernels.statistics(weight, alpha, [0.5], 10, 0.0, 1.0, words)
+        return moments
+
     return [
         lambda weight: pp.power(weight, alpha),
         lambda weight: pp.power_backward(weight, weight, alpha),
         lambda weight: pp.apply_mask(weight, words),
         step,
+        select,
+        measure,
     ]
 
 

@@ -176,7 +176,7 @@ def test_trained_entries_alone() -> None:
     layer.update_mask = None
     assert adaptive.measure()[0].sparsity == share(seen)
     layer.update_mask = pp.BitMask.zeros((10, 100))
-    with pytest.raises(ValueError, match="'model' has no entries to count"):
+    with pytest.raises(ValueError, match="no entries to count in 'model'"):
         adaptive.step()
 
 
@@ -240,12 +240,46 @@ def test_resumed_training_takes_the_same_path(per_layer: bool, tmp_path: Path) -
 
 def test_a_state_of_something_else_is_refused() -> None:
     state = pp.AdaptiveAlpha(net()).state_dict()
-    with pytest.raises(ValueError, match=r"the state is of \['model'\], and .* of \['0', '2'\]"):
-        pp.AdaptiveAlpha(net(), per_layer=True).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"epsilon 0\.001, and this controller has 0\.01"):
-        pp.AdaptiveAlpha(net(), 0.01).load_state_dict(state)
-    with pytest.raises(ValueError, match="entries 'all', and this controller has 'trained'"):
-        pp.AdaptiveAlpha(net(), entries="trained").load_state_dict(state)
+    options = {
+        "per_layer": True,
+        "period": 5,
+        "epsilon": 0.01,
+        "cr": 2.0,
+        "cd": 0.2,
+        "alpha_max": 2.0,
+        "entries": "trained",
+    }
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=rf"with {name} .*, and this controller has {value!r}"):
+            pp.AdaptiveAlpha(net(), **{name: value}).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"of \{'model': \['0', '2'\]\}, and .* \['2'\]"):
+        pp.AdaptiveAlpha(net(), select=["2"]).load_state_dict(state)
+    adaptive = pp.AdaptiveAlpha(net())
+    for wrong, message in (
+        ({}, r"the keys must be \['epoch', .*, got \[\]"),
+        ([1], "the keys must be .*, got list"),
+        (state | {"epoch": 7, "phases": {"model": {"was": True}}}, "phases or history"),
+        (state | {"epoch": 7, "phases": {}}, "phases or history"),
+        (state | {"epoch": 7, "history": [{}]}, "phases or history"),
+    ):
+        with pytest.raises(ValueError, match=f"load_state_dict: {message}"):
+            adaptive.load_state_dict(wrong)
+        assert adaptive.epoch == 0
+
+
+def test_a_state_without_its_model_is_noticed() -> None:
+    model = net()
+    adaptive = pp.AdaptiveAlpha(model, period=1)
+    for _ in range(3):
+        adaptive.step()
+    again = pp.AdaptiveAlpha(other := net(), period=1)
+    again.load_state_dict(adaptive.state_dict())
+    for act in (again.step, again.measure):
+        with pytest.raises(ValueError, match=r"with alpha 1\.5625, and the model has 1\.25"):
+            act()
+    assert other[0].alpha.item() == 1.25
+    other.load_state_dict(model.state_dict())
+    assert again.step() == adaptive.step()
 
 
 def test_history_has_one_record_an_epoch() -> None:
@@ -388,7 +422,7 @@ def test_an_unknown_state_is_refused_before_anything_changes() -> None:
     adaptive = pp.AdaptiveAlpha(model, period=1, keep="theta", optimizer=optimizer)
     adaptive.step()
     train(model, optimizer, torch.randn(6, 12))
-    with pytest.raises(RuntimeError, match="'square_avg' in the state of RMSprop"):
+    with pytest.raises(RuntimeError, match="'square_avg' in the state that RMSprop"):
         adaptive.step()
     assert model[0].alpha.item() == 1.25
 
@@ -403,15 +437,21 @@ def test_an_unknown_state_is_refused_before_anything_changes() -> None:
         ({"epsilon": math.nan}, ValueError, "epsilon must be a number > 0, got nan"),
         ({"epsilon": "small"}, TypeError, "epsilon must be a number, got 'small'"),
         ({"period": 0}, ValueError, "period must be a whole number >= 1, got 0"),
-        ({"period": 1.5}, ValueError, r"period must be a whole number >= 1, got 1\.5"),
+        ({"period": 1.5}, TypeError, r"period must be a whole number >= 1, got 1\.5"),
         ({"cr": 1}, ValueError, "cr must be a number > 1, got 1"),
         ({"cd": 0}, ValueError, "cd must be a number > 0, got 0"),
         ({"cd": math.inf}, ValueError, "cd must be a number > 0, got inf"),
         ({"alpha_max": 1}, ValueError, "alpha_max must be a number > 1, got 1"),
-        ({"alpha_max": 1.2}, ValueError, r"begins with alpha 1\.25, above alpha_max 1\.2"),
+        ({"alpha_max": 1.2}, ValueError, r"'model' has alpha 1\.25, above alpha_max 1\.2"),
         ({"keep": "both"}, ValueError, "keep must be 'phi' or 'theta', got 'both'"),
         ({"entries": "some"}, ValueError, "entries must be 'all' or 'trained', got 'some'"),
         ({"keep": "theta"}, TypeError, "pass optimizer"),
+        ({"per_layer": 1}, TypeError, "per_layer must be True or False, got 1"),
+        ({"select": "0"}, TypeError, "select must be several names or a function, got '0'"),
+        ({"select": 3}, TypeError, "select must be several names or a function, got 3"),
+        ({"select": ["0", "1"]}, ValueError, "'1' in select is none of .*, which are '0', '2'"),
+        ({"select": []}, ValueError, "of Sequential no powered layer was selected"),
+        ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer .* got int"),
         ({"optimizer": [3]}, TypeError, "optimizer must be a torch.optim.Optimizer .* got int"),
     ],
 )

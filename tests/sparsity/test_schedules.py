@@ -92,14 +92,30 @@ def test_shares_fall_from_one_to_kept(schedule: Any) -> None:
     [
         (lambda: OneShot(1.5), ValueError, "OneShot: kept must be a number from 0 to 1, got 1.5"),
         (lambda: OneShot("5 %"), TypeError, "OneShot: kept must be a number from 0 to 1"),
-        (lambda: OneShot(0.5, -1), ValueError, "OneShot: at must be at least 0, got -1"),
-        (lambda: OneShot(0.5, 1.0), TypeError, "at must be a whole number, got 1.0"),
-        (lambda: Cubic(0.5, 5, 5), ValueError, "Cubic: end must be at least 6, got 5"),
-        (lambda: Cosine(0.5, -1, 5), ValueError, "Cosine: begin must be at least 0, got -1"),
-        (lambda: Cubic(0.5, 0, 5, 0), ValueError, "Cubic: every must be at least 1, got 0"),
-        (lambda: Iterative(0.5, 0, 5), ValueError, "Iterative: rounds must be at least 1, got 0"),
+        (lambda: OneShot(0.5, -1), ValueError, "OneShot: at must be a whole number >= 0, got -1"),
+        (lambda: OneShot(0.5, 1.0), TypeError, "at must be a whole number >= 0, got 1.0"),
+        (lambda: Cubic(0.5, 5, 5), ValueError, "end must be a whole number >= 6, got 5"),
+        (
+            lambda: Cosine(0.5, -1, 5),
+            ValueError,
+            "begin must be a whole number >= 0, got -1",
+        ),
+        (
+            lambda: Cubic(0.5, 0, 5, 0),
+            ValueError,
+            "Cubic: every must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: Iterative(0.5, 0, 5),
+            ValueError,
+            "Iterative: rounds must be a whole number >= 1, got 0",
+        ),
         (lambda: Iterative(0.0, 2, 5), ValueError, "Iterative: kept must be above 0"),
-        (lambda: Iterative(0.5, True, 5), TypeError, "rounds must be a whole number, got True"),
+        (
+            lambda: Iterative(0.5, True, 5),
+            TypeError,
+            "rounds must be a whole number >= 1, got True",
+        ),
     ],
 )
 def test_errors(make: Callable[[], Any], error: type[Exception], message: str) -> None:

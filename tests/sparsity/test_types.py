@@ -124,7 +124,7 @@ def test_a_dense_layer_needs_no_multiple_of_m() -> None:
     [
         (lambda: NofM(5, 4), ValueError, "NofM: n must be from 1 to m, got n=5, m=4"),
         (lambda: NofM(0, 4), ValueError, "NofM: n must be from 1 to m, got n=0, m=4"),
-        (lambda: NofM(2.0, 4), TypeError, "NofM: n must be a whole number, got 2.0"),
+        (lambda: NofM(2.0, 4), TypeError, "NofM: n must be a whole number >= 0, got 2.0"),
         (
             lambda: NofM(2, 4).check({"w": size((3, 8))}, 0.5),
             ValueError,

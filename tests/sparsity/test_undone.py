@@ -228,10 +228,10 @@ def test_the_average_of_a_model_is_pruned_with_its_state(make_model: MakeModel) 
 
 
 BAD_STATES = {
-    "steps, a string": ({"steps": "a"}, "steps must be a whole number, got 'a'"),
-    "steps, a tensor": ({"steps": torch.tensor(3)}, "steps must be a whole number"),
-    "steps, negative": ({"steps": -1}, "steps must be at least 0, got -1"),
-    "prunings, none": ({"prunings": None}, "prunings must be a whole number, got None"),
+    "steps, a string": ({"steps": "a"}, "steps must be a whole number >= 0, got 'a'"),
+    "steps, a tensor": ({"steps": torch.tensor(3)}, "steps must be a whole number >= 0"),
+    "steps, negative": ({"steps": -1}, "steps must be a whole number >= 0, got -1"),
+    "prunings, none": ({"prunings": None}, "prunings must be a whole number >= 0, got None"),
     "is_late, a number": ({"is_late": 1}, "is_late must be a bool, got 1"),
     "kept, none": ({"kept": None}, "kept must be a dict from names to words, got NoneType"),
     "kept, a bool mask": (

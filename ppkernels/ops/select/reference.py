@@ -2,7 +2,8 @@
 
 Weights are ranked by a key that orders them as |θ| does:
 
-- where all tensors have one exponent, by |x| itself, x being what is stored: |x|^α orders alike;
+- where all tensors that are ranked together have one exponent, by |x| itself, x being what is
+  stored: |x|^α orders alike;
 - else by α·log2|x| in float64, so that |x|^α is neither rounded nor out of range. `log2` is made of
   additions, multiplications and divisions only, each rounded by itself, so that every
   implementation gives the same bits.
@@ -28,7 +29,7 @@ SQRT_HALF = 0.7071067811865476
 
 
 def log2(x: Tensor) -> Tensor:
-    """log2 of x ≥ 0, float64, within 2 ULP; exact for powers of two; log2(0) = −inf."""
+    """log2 of x ≥ 0, float64, within 4 ULP; exact for powers of two; log2(0) = −inf."""
     mantissa, exponent = torch.frexp(x)  # in [1/2, 1)
     is_low = mantissa < SQRT_HALF
     mantissa = torch.where(is_low, mantissa + mantissa, mantissa)
@@ -44,7 +45,7 @@ def log2(x: Tensor) -> Tensor:
 
 
 def keys(tensor: Tensor, alpha: float, alphas: Sequence[float]) -> Tensor:
-    """What one of several tensors is ranked by: float64 [N], in row-major order."""
+    """What a tensor is ranked by among others of ``alphas``: float64 [N], in row-major order."""
     magnitude = tensor.detach().reshape(-1).abs().double()
     if all(other == alpha for other in alphas):
         return magnitude
@@ -71,10 +72,14 @@ def topk_bits(
         int64 tensor. The words mean nothing where there is a NaN.
     """
     sizes = [tensor.numel() for tensor in tensors]
-    ranked = [keys(tensor, alpha, alphas) for tensor, alpha in zip(tensors, alphas, strict=True)]
+    is_one = len(counts) == 1
+    ranked = [
+        keys(tensor, alpha, alphas if is_one else [alpha])
+        for tensor, alpha in zip(tensors, alphas, strict=True)
+    ]
     candidates = [_candidates(key, *words) for key, *words in _beside(ranked, within)]
     has_nan = [(key.isnan() & may).any() for key, may in zip(ranked, candidates, strict=True)]
-    if len(counts) == 1:
+    if is_one:
         all_kept = _largest(torch.cat(ranked), torch.cat(candidates), counts[0])
         kept = list(torch.split(all_kept, sizes))
     else:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_floating, check_has_values
+from ppkernels._checks import alpha_tensor, check_floating, check_has_values, check_numbers
 from ppkernels._many import Many
 from ppkernels.ops.bitmask import BitMask, words_within
 from ppkernels.ops.statistics import reference
@@ -178,9 +178,7 @@ def _read(
 
 
 def _limits(epsilons: Any) -> list[float]:
-    if isinstance(epsilons, (str, bytes, Mapping, Tensor)) or not isinstance(epsilons, Iterable):
-        raise TypeError(f"statistics: epsilons must be a list of numbers, got {epsilons!r}")
-    limits = [_number("epsilons", epsilon) for epsilon in epsilons]
+    limits = check_numbers("statistics", "epsilons", epsilons)
     for limit in limits:
         if not limit >= 0:
             raise ValueError(f"statistics: epsilons must be numbers >= 0, got {limit}")
@@ -200,7 +198,7 @@ def _bins(bins: Any, range: Any) -> tuple[int, tuple[float, float]]:
         return 0, (0.0, 1.0)
     if not isinstance(range, (tuple, list)) or len(range) != 2:
         raise TypeError(f"statistics: range must be a pair of numbers, (low, high), got {range!r}")
-    low, high = (_number("range", end) for end in range)
+    low, high = check_numbers("statistics", "range", range)
     if not (low < high and math.isfinite(high - low)):
         raise ValueError(
             "statistics: range must be (low, high) with low < high and a finite difference, got "
@@ -209,12 +207,6 @@ def _bins(bins: Any, range: Any) -> tuple[int, tuple[float, float]]:
     if not math.isfinite(bins / (high - low)):
         raise ValueError(f"statistics: range ({low}, {high}) is too narrow for {bins} bins")
     return bins, (low, high)
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"statistics: {name} must be numbers, got {value!r}")
-    return float(value)
 
 
 # ---- schema, and the kernels of every device but the CPU

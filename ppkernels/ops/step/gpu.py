@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ppkernels.ops._device import warp_size
 from ppkernels.ops._point import scaled_power, signed_power, times_sign, with_sign
+from ppkernels.ops._table import SEARCHED, memory_in, row_of, word_in
 from ppkernels.ops._tile import tile_bits, tile_offsets
 from ppkernels.ops.step.constants import (
     COLUMN_FIRST_BLOCK,
@@ -88,8 +89,6 @@ from ppkernels.ops.step.table import (
 
 # Threads of a program: with the blocks of table.py, a 128-bit access of half types each.
 _THREADS = 128
-# Rows that a program looks through at once.
-_SEARCHED = 128
 
 # ---- the maths of a point; ``own`` points at the weight's constants
 
@@ -235,43 +234,6 @@ def _adam_direction(first, second, table, own):
 # ---- the pass: load, point, store
 
 
-@triton.jit
-def _begun(firsts, begin, block, rows, LANES: tl.constexpr):
-    """How many of LANES rows from ``begin`` on begin at or before ``block``."""
-    lanes = begin + tl.arange(0, LANES)
-    first = tl.load(firsts + lanes, mask=lanes < rows, other=block + 1)
-    return (first <= block).to(tl.int32)
-
-
-@triton.jit
-def _row_of(firsts, block, rows, LANES: tl.constexpr):
-    """The row of a group that ``block`` belongs to: the last that begins at or before it.
-
-    ``firsts`` points at the rows' first blocks. All are looked at, LANES at a time: for a model's
-    hundred weights that is one access, where a binary search takes seven, one after the other.
-    """
-    found = _begun(firsts, 0, block, rows, LANES)
-    if rows > LANES:
-        for begin in range(LANES, rows, LANES):
-            found += _begun(firsts, begin, block, rows, LANES)
-    return tl.sum(found) - 1
-
-
-@triton.jit
-def _word(row, all_rows, COLUMN: tl.constexpr):
-    """What stands in a column of the table."""
-    return tl.load(row + COLUMN * all_rows)
-
-
-@triton.jit
-def _memory(row, all_rows, COLUMN: tl.constexpr, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Element ``start`` of the tensor whose address stands in COLUMN."""
-    memory = _word(row, all_rows, COLUMN).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        memory = tl.multiple_of(memory, 16)
-    return memory + start
-
-
 # Only the last block has a mask: one of unknown length would narrow every access to one element.
 
 
@@ -296,7 +258,7 @@ def _store(memory, values, tile, left, BLOCK: tl.constexpr):
 @triton.jit
 def _free(row, all_rows, start, left, BLOCK: tl.constexpr):
     """Whether the elements may move, [BLOCK/8, 8]; true where the weight has no mask."""
-    address = _word(row, all_rows, COLUMN_MASK)
+    address = word_in(row, all_rows, COLUMN_MASK)
     words = address.to(tl.pointer_type(tl.uint8)) + start // 8
     return tile_bits(words, tl.where(address == 0, 0, (left + 7) // 8), 255, BLOCK // 8)
 
@@ -328,27 +290,27 @@ def _step_block(
     COMPUTE: tl.constexpr = tl.float64 if WEIGHT == tl.float64 else tl.float32
     PRECISE: tl.constexpr = STATE.primitive_bitwidth > 16
     tile = tile_offsets(BLOCK // 8)
-    start = (block - _word(row, all_rows, COLUMN_FIRST_BLOCK)) * BLOCK
-    left = tl.minimum(_word(row, all_rows, COLUMN_NUMEL) - start, BLOCK).to(tl.int32)
+    start = (block - word_in(row, all_rows, COLUMN_FIRST_BLOCK)) * BLOCK
+    left = tl.minimum(word_in(row, all_rows, COLUMN_NUMEL) - start, BLOCK).to(tl.int32)
 
-    weights = _memory(row, all_rows, COLUMN_WEIGHT, start, WEIGHT, ALIGNED)
+    weights = memory_in(row, all_rows, COLUMN_WEIGHT, start, WEIGHT, ALIGNED)
     stored = _load(weights, tile, left, BLOCK)
     weight = stored.to(COMPUTE)
     if MASTERS:
-        masters = _memory(row, all_rows, COLUMN_MASTER, start, tl.float32, ALIGNED)
+        masters = memory_in(row, all_rows, COLUMN_MASTER, start, tl.float32, ALIGNED)
         master = _load(masters, tile, left, BLOCK)
         # Where a weight is not its copy rounded, somebody has overwritten it, and it counts.
         weight = tl.where(master.to(WEIGHT).to(COMPUTE) == weight, master, weight)
-    grads = _memory(row, all_rows, COLUMN_GRAD, start, WEIGHT, ALIGNED)
+    grads = memory_in(row, all_rows, COLUMN_GRAD, start, WEIGHT, ALIGNED)
     grad = _load(grads, tile, left, BLOCK).to(COMPUTE)
     if STATES > 0:
-        states0 = _memory(row, all_rows, COLUMN_STATE, start, STATE, ALIGNED)
+        states0 = memory_in(row, all_rows, COLUMN_STATE, start, STATE, ALIGNED)
         before0 = _load(states0, tile, left, BLOCK)
     if STATES > 1:
-        states1 = _memory(row, all_rows, COLUMN_STATE + 1, start, STATE, ALIGNED)
+        states1 = memory_in(row, all_rows, COLUMN_STATE + 1, start, STATE, ALIGNED)
         before1 = _load(states1, tile, left, BLOCK)
     if STATES > 2:
-        states2 = _memory(row, all_rows, COLUMN_STATE + 2, start, STATE, ALIGNED)
+        states2 = memory_in(row, all_rows, COLUMN_STATE + 2, start, STATE, ALIGNED)
         before2 = _load(states2, tile, left, BLOCK)
 
     grad = grad * constant(own, OF_GRAD_FACTOR, COMPUTE)
@@ -431,7 +393,7 @@ def step_kernel(
     """
     block = tl.program_id(0).to(tl.int64)
     first = table + HEAD_SIZE + begin
-    at = begin + _row_of(first + COLUMN_FIRST_BLOCK * all_rows, block, rows, LANES)
+    at = begin + row_of(first + COLUMN_FIRST_BLOCK * all_rows, block, rows, LANES)
     own = constants + at * CONSTANTS_SIZE
     if tl.load(own + OF_GOES) != 0.0:
         _step_block(
@@ -629,7 +591,7 @@ def step_choices(weight_dtype: torch.dtype, state_dtype: torch.dtype, warp: int)
     return {
         "WEIGHT": _TYPES[weight_dtype],
         "STATE": _TYPES[state_dtype],
-        "LANES": _SEARCHED,
+        "LANES": SEARCHED,
         "BLOCK": block_of(weight_dtype),
         "num_warps": _THREADS // warp,
     }
