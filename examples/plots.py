@@ -87,7 +87,6 @@ def accuracy_against_kept(
     highlight: Collection[str] = (),
     dashed: Mapping[str, np.ndarray] | None = None,
     dashed_as: str = "",
-    lowest: float | None = None,
 ) -> None:
     """Test accuracy against the share of weights that pruning keeps, to the file ``path``.
 
@@ -102,7 +101,6 @@ def accuracy_against_kept(
         highlight: the networks that stand out in red.
         dashed: for some of the networks other accuracies, which get dashed lines of their colour.
         dashed_as: what was done to the networks of the dashed lines.
-        lowest: the accuracy at the lower edge, where lines may leave the picture.
     """
     figure, axis = plt.subplots(figsize=(7.2, 4.8))
     percents = 100 * np.asarray(kept)
@@ -112,8 +110,6 @@ def accuracy_against_kept(
     for label, accuracies in (dashed or {}).items():
         name = f"{label}, {dashed_as}"
         _draw_with_band(axis, percents, 100 * accuracies, shades[label], name, "s--")
-    if lowest is not None:
-        axis.set_ylim(bottom=100 * lowest)
     axis.set_xscale("log")
     ticks = percents if len(percents) <= MOST_TICKS else [1, 2, 3, 5, 10, 20, 30, 50, 100]
     axis.set_xticks(ticks, [f"{percent:g}" for percent in ticks])
