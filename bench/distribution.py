@@ -119,7 +119,7 @@ def _row(
     place = "small" if is_small else "memory"
     return Row(
         name="/".join(["statistics", place, dtype_name(dtype), *filter(None, parts)]),
-        suite="power",
+        suite="select",
         ops=("statistics",),
         inputs=weight_inputs(dtype, layers),
         ours=ours,

@@ -75,8 +75,9 @@ Tensor topk_bits(Tensors words, Tensors tensors, std::vector<int64_t> counts,
     torch::stable::parallel_for(0, n, grain, body);
   };
   Tensor first_nan = torch::stable::new_empty(words[0], {}, ScalarType::Long);
-  *first_nan.mutable_data_ptr<int64_t>() =
-      select_largest(select_kernels(isa()), all, counts, threads);
+  const int64_t found = select_largest(select_kernels(isa()), all, counts, threads);
+  require(found != kChanged, kOp, ": the tensors were written to while they were read");
+  *first_nan.mutable_data_ptr<int64_t>() = found;
   return first_nan;
 }
 

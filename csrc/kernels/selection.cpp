@@ -149,6 +149,9 @@ class SampleReader {
 
 constexpr int kBins = 4096;
 
+// Passes over the weights at most; a sample that is made to mislead costs a few.
+constexpr int kRounds = 100;
+
 // How far keys have to be shifted for a range of them to fit into the bins.
 int shift_for(uint64_t low, uint64_t high) {
   int shift = 0;
@@ -159,7 +162,7 @@ int shift_for(uint64_t low, uint64_t high) {
 // Finds the bin of the rank-th largest key, counted from 1, and what rank it has there.
 int bin_of(const int64_t* bins, int64_t& rank) {
   int bin = kBins - 1;
-  while (rank > bins[bin]) rank -= bins[bin--];
+  while (bin > 0 && rank > bins[bin]) rank -= bins[bin--];
   return bin;
 }
 
@@ -183,7 +186,8 @@ class Search {
     });
     std::vector<Selection*> open;
     for (Selection& selection : selections_) open.push_back(&selection);
-    for (;;) {
+    // Weights that somebody writes to meanwhile might never agree with themselves.
+    for (int round = 0; round < kRounds; ++round) {
       sweep(open);
       const int64_t first_nan = find_nan();
       if (first_nan >= 0) return first_nan;
@@ -197,9 +201,13 @@ class Search {
       }
       settle(open);
       if (missed.empty()) return -1;
-      for (Selection* selection : missed) narrow(*selection);
+      for (Selection* selection : missed) {
+        if (selection->lowest > selection->highest) return kChanged;
+        narrow(*selection);
+      }
       open = missed;
     }
+    return kChanged;
   }
 
  private:
@@ -405,7 +413,10 @@ class Search {
       for (size_t k = 0; k < more; ++k) {
         part.indices[listed + k] = scratch.indices[k] + (uint32_t)(begin - part.begin);
       }
-      part.keys.insert(part.keys.end(), scratch.keys.data(), scratch.keys.data() + more);
+      // An element is read a second time for its key, and may have been written to meanwhile.
+      for (size_t k = 0; k < more; ++k) {
+        part.keys.push_back(std::min(std::max(scratch.keys[k], s.low), s.high));
+      }
     });
   }
 

@@ -36,11 +36,13 @@ using ParallelFor = std::function<void(int64_t n, int64_t grain,
 // threads or instruction sets.
 //
 // Returns the index of the first tensor in which there is a NaN, else −1. With a NaN the words mean
-// nothing.
+// nothing. Where the elements are written to meanwhile, the words mean nothing either, but nothing
+// else is touched; kChanged is returned if that is noticed.
 //
 // Memory besides: for each count of N elements at most 12 bytes, or 24 while a list grows, for each
 // of 4096 + N/16 elements (and a chunk of select.h for each thread), and 16 bytes for each
 // of N^(2/3).
+constexpr int64_t kChanged = -2;
 int64_t select_largest(const SelectKernels& kernels, const std::vector<SelectTensor>& tensors,
                        const std::vector<int64_t>& counts, const ParallelFor& parallel_for);
 

@@ -481,6 +481,44 @@ void test_misleading_samples() {
   check("too many equal elements between the bounds", true);
 }
 
+// ---- elements that somebody writes to meanwhile: any answer, but no memory that is not its own
+
+Tensor* written_to;
+uint64_t noise;
+
+uint64_t next_noise() { return noise = noise * 6364136223846793005u + 1442695040888963407u; }
+
+SelectCounts rewriting_sweep(Type type, const void* elements, int64_t n, const uint8_t* within,
+                             const Ranking& ranking, const SelectBounds& bounds, uint8_t* words,
+                             uint32_t* indices, uint64_t* keys) {
+  const SelectCounts found =
+      kernels->sweep(type, elements, n, within, ranking, bounds, words, indices, keys);
+  // As if elements had changed between a look at their size and the one at their key.
+  for (int64_t k = 0; k < found.between; k += 3) keys[k] = next_noise();
+  if (next_noise() >> 61 == 0) {
+    const int64_t count = int64_t(written_to->memory.bytes.size()) / 4;
+    const float scale = float(next_noise() >> 40) * 0x1p-24f;
+    for (int64_t i = 0; i < count; ++i) {
+      written_to->memory.set(i, to_bits(scale * float(next_noise() >> 40)));
+    }
+  }
+  return found;
+}
+
+void test_elements_that_change() {
+  const SelectKernels rewriting = {kernels->keys, rewriting_sweep, kernels->settle};
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    noise = seed;
+    std::vector<Tensor> tensors;
+    tensors.push_back(plain(drawn(Type::kFloat32, 12 * kSelectChunk, Draw::kWeights, seed),
+                            1 + double(seed % 2)));
+    tensors.push_back(plain(drawn(Type::kFloat32, 5000, Draw::kWeights, seed)));
+    written_to = &tensors[0];
+    const int64_t found = select(rewriting, tensors, {int64_t(1000 + 3000 * seed)}, 1);
+    CHECK(found == -1 || found == kChanged, "%d", int(found));
+  }
+}
+
 void test_first_nan() {
   for (int threads : {1, 2}) {
     std::vector<Tensor> tensors;
@@ -512,6 +550,7 @@ int main() {
   test_select();
   test_layouts();
   test_misleading_samples();
+  test_elements_that_change();
   test_first_nan();
   std::printf("select: all checks passed\n");
   return 0;

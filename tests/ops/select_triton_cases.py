@@ -174,6 +174,11 @@ def test_digits_are_all_bits_of_a_key(key, for_amd):
     assert gpu.bins_of(key, for_amd) <= (256 if for_amd else 2048)
 
 
+def test_with_counts_of_their_own_exponents_do_not_matter():
+    near = torch.tensor([1e-300, math.nextafter(1e-300, 1)], dtype=torch.float64)
+    check([near, near.clone()], [1, 1], [1.0, 2.0])
+
+
 def test_more_tensors_than_are_looked_through_at_once(monkeypatch):
     monkeypatch.setattr(gpu, "SEARCHED", 4)
     check([normal(2, dtype=torch.float16, seed=i) for i in range(9)], [7])

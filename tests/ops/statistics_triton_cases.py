@@ -146,6 +146,17 @@ def test_limits_are_rounded_up():
         assert float(np.nextafter(np.float32(rounded), np.float32(-math.inf))) < limit
 
 
+def test_limits_do_not_depend_on_torchs_defaults():
+    expected = gpu.rounded_up(0.01, torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert gpu.rounded_up(0.01, torch.float32) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_nan_and_infinities():
     weight = normal(5000)
     weight[4321] = math.inf

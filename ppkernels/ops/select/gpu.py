@@ -37,8 +37,6 @@ BLOCKS = {4: 4096, 8: 2048}
 # for AMD counts by votes, whose cost grows with the number of digits.
 NVIDIA_DIGIT, AMD_DIGIT = 11, 8
 _THREADS = 256
-# Up to this α the key α·log2|x| of float32 and half types orders as |x| does: it is finite.
-_FINITE = 2.0**1000
 _TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -117,6 +115,8 @@ class Call:
     blocks: int = 0
 
     def __post_init__(self) -> None:
+        self._dtypes = {tensor.dtype for tensor in self.tensors}
+        self._has_several_alphas = len(set(self.alphas)) > 1
         for i, tensor in enumerate(self.tensors):
             if tensor.numel() > 0:
                 self.rows.append(self._row(i))
@@ -182,13 +182,9 @@ class Call:
 
     def _key(self, i: int) -> int:
         """Bits of the keys that tensor i is ranked by."""
-        dtypes = {tensor.dtype for tensor in self.tensors} if self.is_global else set()
-        dtypes.add(self.tensors[i].dtype)
-        is_mixed = any(alpha != self.alphas[i] for alpha in self.alphas)
-        # By itself a tensor is ranked by |x|, but where the reference finds ties in its logarithms.
-        if not self.is_global and torch.float64 not in dtypes and self.alphas[i] <= _FINITE:
-            is_mixed = False
-        if is_mixed:
+        # By itself a tensor is ranked by |x|, whatever the exponents of the others.
+        dtypes = self._dtypes if self.is_global else {self.tensors[i].dtype}
+        if self.is_global and self._has_several_alphas:
             return 64
         if torch.float64 in dtypes:
             return 63

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_floating
+from ppkernels._checks import alpha_tensor, check_alpha, check_floating
 from ppkernels._many import Many
 from ppkernels._shares import entries_of
 from ppkernels.ops.bitmask import BitMask, count_bits, words_within
@@ -93,7 +93,10 @@ def topk_mask(
         ValueError: a tensor in which there is a NaN, which the error names; k beyond the number of
             entries that may be kept; lists that do not go together; tensors on several devices.
 
-    A GPU is waited for once, to ask it for NaN, so that no CUDA graph can hold a call.
+    A GPU is waited for, to ask it for NaN (and for the bits of each mask in ``within`` and for each
+    α that lies there), so that no CUDA graph can hold a call. On the CPU, subnormal numbers count
+    as 0 under torch.set_flush_denormal(True). Weights that another thread writes to meanwhile give
+    masks that mean nothing, or an error.
     """
     many = Many("topk_mask", tensors)
     inputs = many.tensors
@@ -109,8 +112,8 @@ def topk_mask(
                 f"{inputs[0].device} and {name} on {tensor.device}"
             )
     alphas = [
-        1.0 if value is None else alpha_tensor("topk_mask", value).item()
-        for value in many.each("alpha", alpha)
+        1.0 if value is None else _exponent(label, value)
+        for label, value in zip(many.labels("alpha", alpha), many.each("alpha", alpha), strict=True)
     ]
     words = _words(many, within)
     counts = _counts(many, k, share, words)
@@ -130,6 +133,12 @@ def topk_mask(
     return many.like(
         [BitMask(bits, tensor.shape) for bits, tensor in zip(kept, inputs, strict=True)]
     )
+
+
+def _exponent(label: str, alpha: float | Tensor) -> float:
+    value = alpha_tensor("topk_mask", alpha, name=label).item()
+    # One on a GPU has not been looked at before.
+    return check_alpha("topk_mask", value, label)
 
 
 def _words(many: Many, within: Any) -> list[Tensor]:

@@ -242,7 +242,8 @@ def rounded_up(limit: float, dtype: torch.dtype) -> float:
     """
     if dtype is torch.float64 or math.isinf(limit):
         return limit
-    nearest = torch.tensor(limit, dtype=torch.float32)
+    # The device is named because `with torch.device("meta")` would lose the value.
+    nearest, infinity = torch.tensor([limit, math.inf], dtype=torch.float32, device="cpu")
     if nearest.item() < limit:
-        nearest = nearest.nextafter(torch.tensor(math.inf))
-    return nearest.item()
+        nearest = nearest.nextafter(infinity)
+    return float(nearest)

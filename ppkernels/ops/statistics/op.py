@@ -23,8 +23,8 @@ from ppkernels.ops.statistics.result import Statistics
 
 Alpha = float | Tensor | None
 
-# Indices of bins are int32 in the kernels.
-MOST_BINS = 2**31 - 2
+# Each thread counts in tables of its own, 32 bytes a bin.
+MOST_BINS = 2**20
 
 # ---- public functions
 
