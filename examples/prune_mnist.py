@@ -1,4 +1,5 @@
 """Prune 784-300-100-10 on MNIST, powered against plain: once after training, or step by step.
+Longer than 350 lines: it is read from top to bottom, in the order of the work.
 
     python examples/prune_mnist.py --seeds 0 1 2                    # the paper's official recipe
     python examples/prune_mnist.py --recipe gradual --seeds 0 1 2   # pruned while it trains

@@ -38,6 +38,8 @@ def train(folder: str, rank: int) -> None:
             optimizer.step()
     state = {"adaptive": adaptive.state_dict(), "model": layers.state_dict()}
     torch.save(state, Path(folder) / f"{rank}.pt")
+    dist.barrier()  # nobody leaves while the other one still talks
+    del model, optimizer
     dist.destroy_process_group()
 
 
