@@ -29,7 +29,7 @@ import report
 import torch
 import torch.nn.functional as F
 from networks import accuracy, mlp, powered_layers, prune, thetas
-from options import above_zero, add_common, at_least, check_once
+from options import above_zero, add_common, at_least, begin, check_once
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -279,27 +279,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     start = time.perf_counter()
     console = Console(highlight=False)
-    # One by default: batches this small gain little from a second thread, and lose a factor of 20
-    # to waiting threads while another program keeps the processor busy.
-    torch.set_num_threads(options.threads)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        data = digits.load(options.data, Path("data"), use_web=not options.quick)
-    except (digits.DataError, OSError) as error:
-        raise SystemExit(f"adaptive_alpha.py: {error}") from error
+    data = begin(
+        "adaptive_alpha.py",
+        options,
+        lambda: digits.load(options.data, Path("data"), use_web=not options.quick),
+    )
     if options.validate:
         data = data.with_validation()
     if options.quick:
         data = data.first(QUICK["train"], QUICK["test"])
-    console.print(f"Data: {data.source}")
-    console.print(f"{len(data.train_labels):,} images to train, {len(data.test_labels):,} to test")
+    report.introduce(data, console)
 
     runs = train_all(data, options, console)
     show(runs, options, console)
     paths = save(runs, options, data.source)
-    console.print(f"Done in {time.perf_counter() - start:.0f} s. The numbers and the pictures:")
-    for path in paths:
-        console.print(f"  {path.resolve()}", soft_wrap=True)
+    report.end(start, paths, console)
 
 
 def train_all(data: digits.Digits, options: argparse.Namespace, console: Console) -> list[Run]:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from networks import accuracy, powered_layers, prune, thetas
-from options import above_zero, add_common, at_least, check_once, share
+from options import above_zero, add_common, at_least, begin, check_once, share
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -414,30 +414,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     start = time.perf_counter()
     console = Console(highlight=False)
-    # One by default: another number of threads rounds otherwise.
-    torch.set_num_threads(options.threads)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        data = images.load(options.data, Path("data"), options.cache, use_web=not options.quick)
-    except (images.DataError, OSError) as error:
-        raise SystemExit(f"cifar10.py: {error}") from error
+    data = begin(
+        "cifar10.py",
+        options,
+        lambda: images.load(options.data, Path("data"), options.cache, use_web=not options.quick),
+    )
     tested_on = "the test images"
     if options.validate:
         data = data.with_validation()
         tested_on = "held-out training images"
     if options.quick:
         data = data.first(QUICK["train"], QUICK["test"])
-    console.print(f"Data: {data.source}")
-    console.print(f"{len(data.train_labels):,} images to train, {len(data.test_labels):,} to test")
+    report.introduce(data, console)
 
     runs, weights = train_all(data.to(options.device), options, console)
     findings.show(runs, options.kept, console)
     left_out = ("data", "out", "cache", "device")
     settings = {k: v for k, v in vars(options).items() if k not in left_out}
     paths = findings.save(runs, weights, settings | {"data": data.source}, tested_on, options.out)
-    console.print(f"Done in {time.perf_counter() - start:.0f} s. The numbers and the pictures:")
-    for path in paths:
-        console.print(f"  {path.resolve()}", soft_wrap=True)
+    report.end(start, paths, console)
 
 
 def train_all(

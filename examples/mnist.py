@@ -25,7 +25,7 @@ import report
 import torch
 import torch.nn.functional as F
 from networks import accuracy, mlp, prune, thetas
-from options import above_zero, add_common, at_least, check_once
+from options import above_zero, add_common, at_least, begin, check_once
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
@@ -201,14 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     start = time.perf_counter()
     console = Console(highlight=False)
-    # One by default: batches this small gain little from a second thread, and lose a factor of 20
-    # to waiting threads while another program keeps the processor busy.
-    torch.set_num_threads(options.threads)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        data = digits.load(options.data, Path("data"), use_web=not options.quick)
-    except (digits.DataError, OSError) as error:
-        raise SystemExit(f"mnist.py: {error}") from error
+    data = begin(
+        "mnist.py",
+        options,
+        lambda: digits.load(options.data, Path("data"), use_web=not options.quick),
+    )
     if options.validate:
         data = data.with_validation()
     if options.quick:
@@ -217,17 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.optimizer != "adam":
         name = "PowerSGD" if options.optimizer == "sgd" else "PowerAdamW"
         stores = f"θ, stepped by pp.optim.{name} ({options.rule} rule)"
-    console.print(f"Data: {data.source}")
-    console.print(f"{len(data.train_labels):,} images to train, {len(data.test_labels):,} to test")
+    report.introduce(data, console)
     console.print(f"Model: {options.model}; its layers store {stores}")
 
     runs, weights = train_all(data, options, console)
     report.show(runs, console)
     settings = {k: v for k, v in vars(options).items() if k not in ("data", "out")}
     paths = report.save(runs, weights, settings | {"data": data.source}, options.out)
-    console.print(f"Done in {time.perf_counter() - start:.0f} s. The numbers and the pictures:")
-    for path in paths:
-        console.print(f"  {path.resolve()}", soft_wrap=True)
+    report.end(start, paths, console)
 
 
 def train_all(

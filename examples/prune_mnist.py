@@ -1,5 +1,4 @@
 """Prune 784-300-100-10 on MNIST, powered against plain: once after training, or step by step.
-Longer than 350 lines: it is read from top to bottom, in the order of the work.
 
     python examples/prune_mnist.py --seeds 0 1 2                    # the paper's official recipe
     python examples/prune_mnist.py --recipe gradual --seeds 0 1 2   # pruned while it trains
@@ -30,7 +29,7 @@ import report
 import torch
 import torch.nn.functional as F
 from networks import accuracy, mlp, powered_layers
-from options import above_zero, add_common, at_least, check_once, share
+from options import above_zero, add_common, at_least, begin, check_once, share
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -306,19 +305,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     start = time.perf_counter()
     console = Console(highlight=False)
-    # One by default: batches this small gain little from a second thread, and lose a factor of 20
-    # to waiting threads while another program keeps the processor busy.
-    torch.set_num_threads(options.threads)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        data = digits.load(options.data, Path("data"), use_web=not options.quick)
-    except (digits.DataError, OSError) as error:
-        raise SystemExit(f"prune_mnist.py: {error}") from error
+    data = begin(
+        "prune_mnist.py",
+        options,
+        lambda: digits.load(options.data, Path("data"), use_web=not options.quick),
+    )
     data = data.with_validation(HELD_OUT) if options.validate else data.without_last(HELD_OUT)
     if options.quick:
         data = data.first(QUICK["train"], QUICK["test"])
-    console.print(f"Data: {data.source}")
-    console.print(f"{len(data.train_labels):,} images to train, {len(data.test_labels):,} to test")
+    report.introduce(data, console)
 
     runs = train_all(data, options, console)
     show(runs, options, console)
@@ -327,9 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {"settings": settings | {"data": data.source}, "runs": [asdict(run) for run in runs]}
     paths[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(runs, options, paths[1])
-    console.print(f"Done in {time.perf_counter() - start:.0f} s. The numbers and the picture:")
-    for path in paths:
-        console.print(f"  {path.resolve()}", soft_wrap=True)
+    report.end(start, paths, console)
 
 
 def train_all(data: digits.Digits, options: argparse.Namespace, console: Console) -> list[Run]:

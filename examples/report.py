@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import plots
@@ -15,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 # The shares of weights that pruning keeps, for the curve; and those that the table shows.
 KEPT = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -31,6 +33,29 @@ class Run:
     accuracy: float
     small: dict[str, list[float]]  # by layer, and "all": the shares of |θ| below each of SMALL
     pruned: list[float]  # the accuracy at each of KEPT
+
+
+class Data(Protocol):
+    """What is trained and tested on."""
+
+    source: str
+    train_labels: Tensor
+    test_labels: Tensor
+
+
+def introduce(data: Data, console: Console) -> None:
+    """Where the images come from, and how many there are."""
+    console.print(f"Data: {data.source}")
+    console.print(f"{len(data.train_labels):,} images to train, {len(data.test_labels):,} to test")
+
+
+def end(start: float, paths: Sequence[Path], console: Console) -> None:
+    """How long it took since ``start``, and where the numbers and the pictures lie."""
+    pictures = "picture" if len(paths) == 2 else "pictures"
+    seconds = time.perf_counter() - start
+    console.print(f"Done in {seconds:.0f} s. The numbers and the {pictures}:")
+    for path in paths:
+        console.print(f"  {path.resolve()}", soft_wrap=True)
 
 
 def progress(console: Console) -> Progress:

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -160,6 +160,12 @@ def check_whole(op: str, name: str, value: Any, *, at_least: int) -> int:
     if value < at_least:
         raise ValueError(f"{op}: {name} must be a whole number >= {at_least}, got {value}")
     return int(value)
+
+
+def check_model(op: str, model: Any) -> None:
+    """``model`` is a torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_word(op: str, name: str, word: str, first: str, second: str) -> None:

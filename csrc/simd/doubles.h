@@ -6,9 +6,6 @@
 
 namespace ppkernels::PPKERNELS_ISA {
 
-typedef double f64v __attribute__((vector_size(kLanes * 4)));
-typedef int64_t i64v __attribute__((vector_size(kLanes * 4)));
-
 constexpr int kDoubles = kLanes / 2;
 
 inline f64v splat_double(double x) { return f64v{} + x; }

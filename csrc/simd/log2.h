@@ -7,8 +7,6 @@
 
 namespace ppkernels::PPKERNELS_ISA {
 
-typedef double f64v __attribute__((vector_size(kLanes * 4)));
-
 // log2(x) for x ≥ 0, within 4 ULP, exact for powers of two; −∞ for 0, ∞ for ∞, NaN for NaN.
 //
 // x = 2^e·m with m in [√½, √2); log2(m) = 2/ln(2)·atanh(s), s = (m − 1)/(m + 1), by the series of

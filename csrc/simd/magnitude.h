@@ -31,7 +31,6 @@ struct BitsOf<f16> {
 
 // Signed, since magnitudes are not negative, and AVX2 compares no other integers.
 typedef int16_t i16w __attribute__((vector_size(kLanes * 4)));
-typedef int64_t i64v __attribute__((vector_size(kLanes * 4)));
 inline i16w lanes_of(uint16_t x) { return i16w{} + (int16_t)x; }
 inline i32v lanes_of(uint32_t x) { return i32v{} + (int32_t)x; }
 inline i64v lanes_of(uint64_t x) { return i64v{} + (int64_t)x; }

@@ -39,6 +39,8 @@ typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
 // As wide as the others, so of half as many lanes.
 typedef uint64_t u64v __attribute__((vector_size(kLanes * 4)));
+typedef int64_t i64v __attribute__((vector_size(kLanes * 4)));
+typedef double f64v __attribute__((vector_size(kLanes * 4)));
 
 inline f32v splat(float x) { return f32v{} + x; }
 inline u32v bits(f32v x) { return (u32v)x; }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from ppkernels._checks import DTYPES
+from ppkernels._checks import DTYPES, check_model
 from ppkernels._powered import is_masked, is_powered
 from ppkernels.nn.conv import (
     MaskedConv1d,
@@ -96,12 +96,6 @@ def chosen_layers(
             select = list(alpha)
     layers = selected_layers(POWERIZE, model, select)
     return {name: (layer, _alpha_of(name, layer, alpha)) for name, layer in layers.items()}
-
-
-def check_model(op: str, model: Any) -> None:
-    """``model`` is a torch.nn.Module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def called(name: str, module: nn.Module | None) -> str:

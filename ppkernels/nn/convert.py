@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
+from ppkernels._checks import check_model
 from ppkernels._powered import (
     MaskedLayer,
     Stores,
@@ -25,7 +26,6 @@ from ppkernels.nn.choice import (
     Alphas,
     Select,
     called,
-    check_model,
     chosen_layers,
     selected_layers,
 )

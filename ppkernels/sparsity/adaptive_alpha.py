@@ -10,9 +10,10 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
+from ppkernels._checks import check_model
 from ppkernels._powered import Keep
 from ppkernels.nn import set_alpha
-from ppkernels.sparsity.layers import Select, check_model, unwrapped
+from ppkernels.sparsity.layers import Select, unwrapped
 from ppkernels.sparsity.momentum import check_follows, follow_alpha, optimizers_of
 from ppkernels.sparsity.phases import (
     Decision,

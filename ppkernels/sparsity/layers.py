@@ -14,12 +14,6 @@ from ppkernels._powered import MaskedLayer
 Select = Callable[[str, nn.Module], bool] | Iterable[str]
 
 
-def check_model(owner: str, model: object) -> None:
-    """``model`` is a torch.nn.Module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, out of DistributedDataParallel, DataParallel and torch.compile."""
     while True:

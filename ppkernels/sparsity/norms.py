@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ppkernels._checks import check_model
+
 
 def reestimate_batch_norm(
     model: nn.Module,
@@ -50,10 +52,7 @@ def reestimate_batch_norm(
         pruner.prune()
         pp.sparsity.reestimate_batch_norm(model, itertools.islice(loader, 100))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"reestimate_batch_norm: model must be a torch.nn.Module, got {type(model).__name__}"
-        )
+    check_model("reestimate_batch_norm", model)
     layers = [
         module
         for module in model.modules()

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels import _powered
-from ppkernels._checks import check_whole
+from ppkernels._checks import check_model, check_whole
 from ppkernels._shares import check_share
 from ppkernels.ops import BitMask
 from ppkernels.sparsity.distributions import Distribution, Global
 from ppkernels.sparsity.entries import Entries, Kept
-from ppkernels.sparsity.layers import Select, check_model, unwrapped
+from ppkernels.sparsity.layers import Select, unwrapped
 from ppkernels.sparsity.schedules import Schedule
 from ppkernels.sparsity.scores import Magnitude, NonFiniteGradient, Score, check_scores
 from ppkernels.sparsity.types import Type, Unstructured

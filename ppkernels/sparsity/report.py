@@ -14,10 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from ppkernels._checks import check_floating, check_numbers, check_whole
+from ppkernels._checks import check_floating, check_model, check_numbers, check_whole
 from ppkernels._powered import alpha_of_stored, is_powered, weight_parameter
 from ppkernels.ops import BitMask, Statistics
-from ppkernels.sparsity.layers import check_model, check_whole_weight, shown, unwrapped
+from ppkernels.sparsity.layers import check_whole_weight, shown, unwrapped
 from ppkernels.sparsity.seen import epsilon_text, seen
 
 

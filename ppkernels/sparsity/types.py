@@ -7,7 +7,7 @@ are the same in every run.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -125,19 +125,15 @@ class NofM:
         self, ranked: Mapping[str, Weight], counts: Counts, within: Within
     ) -> dict[str, BitMask]:
         """The largest of each group."""
-        assert isinstance(counts, dict)
-        masks = {}
-        for name, (stored, _) in ranked.items():
-            if all_of_it := _all(stored, counts[name], within[name]):
-                masks[name] = all_of_it
-                continue
-            last = stored.movedim(1, -1).shape  # [out, *kernel, in]
-            keys = _candidates(self, name, stored, within[name])
-            groups = keys.movedim(1, -1).reshape(-1, self.m)
-            kept = _largest(self, name, groups, counts[name] // groups.shape[0])
-            kept = kept.view(last).movedim(-1, 1)
-            masks[name] = BitMask.pack(kept)
-        return masks
+
+        def groups_of(keys: Tensor) -> Tensor:
+            return keys.movedim(1, -1).reshape(-1, self.m)
+
+        def in_place(kept: Tensor, shape: torch.Size) -> Tensor:
+            outputs, inputs, *kernel = shape
+            return kept.view(outputs, *kernel, inputs).movedim(-1, 1)
+
+        return _masks_by_row(self, ranked, counts, within, groups_of, in_place)
 
     def _of_group(self, share: float) -> int:
         """The smallest number of m entries that is no less than the share, a millionth aside."""
@@ -173,16 +169,14 @@ class ConstantFanIn:
         self, ranked: Mapping[str, Weight], counts: Counts, within: Within
     ) -> dict[str, BitMask]:
         """The largest of each row."""
-        assert isinstance(counts, dict)
-        masks = {}
-        for name, (stored, _) in ranked.items():
-            if all_of_it := _all(stored, counts[name], within[name]):
-                masks[name] = all_of_it
-                continue
-            rows = _candidates(self, name, stored, within[name]).flatten(1)
-            kept = _largest(self, name, rows, counts[name] // rows.shape[0])
-            masks[name] = BitMask.pack(kept.view(stored.shape))
-        return masks
+        return _masks_by_row(
+            self,
+            ranked,
+            counts,
+            within,
+            lambda keys: keys.flatten(1),
+            lambda kept, at: kept.view(at),
+        )
 
 
 def _of_each(wanting: Type, shares: Shares) -> dict[str, float]:
@@ -201,6 +195,30 @@ def _check_whole_weight(wanting: Type, name: str, size: Size) -> None:
             "by an update_mask or hidden by a mask, which a pattern cannot go around; leave it out "
             "with select, set the masks to None, or, if a pruner has pruned them, load its state"
         )
+
+
+def _masks_by_row(
+    wanting: Type,
+    ranked: Mapping[str, Weight],
+    counts: Counts,
+    within: Within,
+    rows_of: Callable[[Tensor], Tensor],
+    in_place: Callable[[Tensor, torch.Size], Tensor],
+) -> dict[str, BitMask]:
+    """The masks that keep as many of the largest in each row of a weight.
+
+    ``rows_of`` makes rows [R, C] of a weight, and ``in_place`` of such rows a tensor of its shape.
+    """
+    assert isinstance(counts, dict)
+    masks = {}
+    for name, (stored, _) in ranked.items():
+        if all_of_it := _all(stored, counts[name], within[name]):
+            masks[name] = all_of_it
+            continue
+        rows = rows_of(_candidates(wanting, name, stored, within[name]))
+        kept = _largest(wanting, name, rows, counts[name] // rows.shape[0])
+        masks[name] = BitMask.pack(in_place(kept, stored.shape))
+    return masks
 
 
 def _all(stored: Tensor, count: int, within: BitMask | None) -> BitMask | None:

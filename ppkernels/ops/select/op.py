@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppkernels import _backend
-from ppkernels._checks import alpha_tensor, check_alpha, check_floating
+from ppkernels._checks import alpha_tensor, check_alpha, check_floating, check_has_values
 from ppkernels._many import Many
 from ppkernels._shares import entries_of
 from ppkernels.ops.bitmask import BitMask, count_bits, words_within
@@ -102,10 +102,7 @@ def topk_mask(
     inputs = many.tensors
     for name, tensor in zip(many.names, inputs, strict=True):
         check_floating("topk_mask", name, tensor)
-        if tensor.is_meta:
-            raise ValueError(
-                f"topk_mask: {name} is on the meta device, where tensors have no values"
-            )
+        check_has_values("topk_mask", name, tensor)
         if tensor.device != inputs[0].device:
             raise ValueError(
                 f"topk_mask: all tensors must be on one device, got {many.names[0]} on "
