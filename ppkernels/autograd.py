@@ -3,5 +3,7 @@
 from ppkernels.ops.bitmask import ApplyMask
 from ppkernels.ops.power import Power
 from ppkernels.ops.power_linear import PowerLinear
+from ppkernels.ops.sparse_conv import SparseConv2d
+from ppkernels.ops.spmm import Spmm
 
-__all__ = ["ApplyMask", "Power", "PowerLinear"]
+__all__ = ["ApplyMask", "Power", "PowerLinear", "SparseConv2d", "Spmm"]

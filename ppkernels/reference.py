@@ -14,11 +14,24 @@ from ppkernels.ops.power_linear.reference import (
     power_linear_grad_weight,
 )
 from ppkernels.ops.select.reference import topk_bits
+from ppkernels.ops.sparse_conv.reference import (
+    sparse_conv2d,
+    sparse_conv2d_grad_input,
+    sparse_conv2d_grad_values,
+)
+from ppkernels.ops.spmm.reference import spmm, spmm_grad_input, spmm_grad_values
 from ppkernels.ops.statistics.reference import statistics
+from ppkernels.ops.topology.reference import (
+    gather_kept,
+    scatter_kept,
+    topology_of_mask,
+    transpose_topology,
+)
 
 __all__ = [
     "apply_mask",
     "count_bits",
+    "gather_kept",
     "inverse_power",
     "pack_bits",
     "power",
@@ -28,7 +41,16 @@ __all__ = [
     "power_linear_grad_input",
     "power_linear_grad_weight",
     "rebase",
+    "scatter_kept",
+    "sparse_conv2d",
+    "sparse_conv2d_grad_input",
+    "sparse_conv2d_grad_values",
+    "spmm",
+    "spmm_grad_input",
+    "spmm_grad_values",
     "statistics",
     "topk_bits",
+    "topology_of_mask",
+    "transpose_topology",
     "unpack_bits",
 ]

@@ -20,6 +20,8 @@ CHECKED = ("ppkernels._checks", "ppkernels._backend")
 SEVERAL = ("ppkernels._many", "ppkernels._shares")
 BITS = "ppkernels.ops._bits"
 LAYOUT = "ppkernels.ops._layout"
+ENTRIES = "ppkernels.ops._entries"
+SPARSE = (ENTRIES, "ppkernels.ops._operands", "ppkernels.ops.topology")
 SHARED_BY_KERNELS = (
     LAYOUT,
     "ppkernels.ops._device",
@@ -54,7 +56,9 @@ IMPORTS = [
     ("ops/__init__.py", ["ppkernels.ops.*"]),
     ("ops/_bits.py", ["torch.*"]),
     ("ops/_device.py", ["torch.*"]),
+    ("ops/_entries.py", ["torch.*"]),
     ("ops/_layout.py", ["torch.*"]),
+    ("ops/_operands.py", ["torch.*", *CHECKED]),
     ("ops/_point.py", ["triton.*"]),
     ("ops/_table.py", ["triton.*"]),
     ("ops/_tile.py", ["triton.*"]),
@@ -75,6 +79,17 @@ IMPORTS = [
     ("ops/statistics/gpu.py", ["torch.*", "triton.*", *SHARED_BY_KERNELS, POWER_GPU]),
     ("ops/select/keys.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/select/kernels.py", ["triton.*", "{room}.*", *SHARED_BY_KERNELS]),
+    # The weight of both is a `Topology` and its values.
+    ("ops/topology/reference.py", ["torch.*", BITS, ENTRIES]),
+    ("ops/topology/op.py", ["torch.*", "{room}.*", *CHECKED, ENTRIES]),
+    (
+        "ops/topology/topology.py",
+        ["torch.*", "{room}.*", *CHECKED, ENTRIES, "ppkernels.ops.bitmask"],
+    ),
+    ("ops/spmm/reference.py", ["torch.*", ENTRIES, LAYOUT]),
+    ("ops/spmm/op.py", ["torch.*", "{room}.*", *CHECKED, *SPARSE, LAYOUT]),
+    ("ops/sparse_conv/reference.py", ["torch.*", ENTRIES]),
+    ("ops/sparse_conv/op.py", ["torch.*", "{room}.*", *CHECKED, *SPARSE]),
     ("ops/*/reference.py", ["torch.*", BITS]),
     ("ops/*/gpu.py", ["torch.*", "triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     ("ops/*/op.py", ["torch.*", "{room}.*", *CHECKED, BITS, LAYOUT]),

@@ -14,12 +14,20 @@ from ppkernels.ops.power_linear import (
     power_linear_grad_weight,
 )
 from ppkernels.ops.select import topk_mask
+from ppkernels.ops.sparse_conv import (
+    sparse_conv2d,
+    sparse_conv2d_grad_input,
+    sparse_conv2d_grad_values,
+)
+from ppkernels.ops.spmm import spmm, spmm_grad_input, spmm_grad_values
 from ppkernels.ops.statistics import Statistics, statistics
 from ppkernels.ops.step import adam_step_, sgd_step_
+from ppkernels.ops.topology import Topology
 
 __all__ = [
     "BitMask",
     "Statistics",
+    "Topology",
     "adam_step_",
     "apply_mask",
     "count_bits",
@@ -33,6 +41,12 @@ __all__ = [
     "power_linear_grad_weight",
     "rebase",
     "sgd_step_",
+    "sparse_conv2d",
+    "sparse_conv2d_grad_input",
+    "sparse_conv2d_grad_values",
+    "spmm",
+    "spmm_grad_input",
+    "spmm_grad_values",
     "statistics",
     "topk_mask",
     "unpack_bits",

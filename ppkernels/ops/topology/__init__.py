@@ -1,0 +1,18 @@
+"""Which entries of a sparse weight are kept: `Topology`, and the ops on its indices."""
+
+from ppkernels.ops.topology.op import (
+    gather_kept,
+    scatter_kept,
+    topology_of_mask,
+    transpose_topology,
+)
+from ppkernels.ops.topology.topology import Topology, Transposed
+
+__all__ = [
+    "Topology",
+    "Transposed",
+    "gather_kept",
+    "scatter_kept",
+    "topology_of_mask",
+    "transpose_topology",
+]

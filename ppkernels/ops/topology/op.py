@@ -1,0 +1,128 @@
+"""The indices of sparse weights as PyTorch ops: functions, schemas, shapes, kernels.
+
+The functions take indices as they are and trust them; `Topology` is the checked way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppkernels import _backend
+from ppkernels._checks import check_words
+from ppkernels.ops._entries import index_dtype
+from ppkernels.ops.topology import reference
+
+# ---- public functions
+
+
+def topology_of_mask(words: Tensor, rows: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """The compressed rows of a mask: offsets int32 [N + 1] and columns [E] of its set bits.
+
+    Args:
+        words: the mask's, contiguous uint8 [ceil(N·K / 8)].
+        rows: N.
+        in_features: K.
+
+    Returns:
+        ``offsets`` and ``columns``; columns are uint16 where K ≤ 65536, else int32.
+
+    Raises:
+        TypeError, ValueError: words of another kind or size, 2^31 entries or more.
+    """
+    check_words("topology_of_mask", words, rows * in_features)
+    if _backend.uses_reference():
+        return reference.topology_of_mask(words, rows, in_features)
+    found: tuple[Tensor, Tensor] = torch.ops.ppkernels.topology_of_mask(words, rows, in_features)
+    return found
+
+
+def transpose_topology(
+    offsets: Tensor, columns: Tensor, in_features: int, taps: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries column by column: offsets of columns, rows, and the order of the entries.
+
+    Args:
+        offsets, columns: a topology's, [N + 1] and [E].
+        in_features: K.
+        taps: how many neighbouring columns belong to one input channel, a divisor of K.
+
+    Returns:
+        ``offsets`` int32 [K + 1]; ``rows`` [E], n·taps + k mod taps for the entry in row n and
+        column k, uint16 where N·taps ≤ 65536, else int32; ``order`` int32 [E], the position of each
+        among the topology's entries. Within a column rows ascend.
+    """
+    args = (offsets, columns, in_features, taps)
+    if _backend.uses_reference():
+        return reference.transpose_topology(*args)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.ppkernels.transpose_topology(*args)
+    return found
+
+
+def gather_kept(weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
+    """The values of a weight [N, K] at the entries of a topology: [E]. Not differentiable."""
+    if _backend.uses_reference():
+        return reference.gather_kept(weight, offsets, columns)
+    return torch.ops.ppkernels.gather_kept(weight, offsets, columns)
+
+
+def scatter_kept(values: Tensor, offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
+    """The weight [N, K] with ``values`` at the entries and 0 elsewhere. Not differentiable."""
+    args = (values, offsets, columns, in_features)
+    if _backend.uses_reference():
+        return reference.scatter_kept(*args)
+    return torch.ops.ppkernels.scatter_kept(*args)
+
+
+# ---- schemas, shapes, and the kernels of every device but the CPU
+
+_SCHEMAS = {
+    "topology_of_mask": "(Tensor words, SymInt rows, SymInt in_features) -> (Tensor, Tensor)",
+    "transpose_topology": (
+        "(Tensor offsets, Tensor columns, SymInt in_features, SymInt taps)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "gather_kept": "(Tensor weight, Tensor offsets, Tensor columns) -> Tensor",
+    "scatter_kept": (
+        "(Tensor values, Tensor offsets, Tensor columns, SymInt in_features) -> Tensor"
+    ),
+}
+
+
+def _topology_of_mask(words: Tensor, rows: int, in_features: int) -> tuple[Tensor, Tensor]:
+    # How many bits are set is known only when the op has run.
+    entries = torch.library.get_ctx().new_dynamic_size()
+    columns = words.new_empty(entries, dtype=index_dtype(in_features))
+    return words.new_empty(rows + 1, dtype=torch.int32), columns
+
+
+def _transpose_topology(
+    offsets: Tensor, columns: Tensor, in_features: int, taps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = index_dtype((offsets.numel() - 1) * taps)
+    return (
+        offsets.new_empty(in_features + 1),
+        columns.new_empty(columns.numel(), dtype=rows),
+        columns.new_empty(columns.numel(), dtype=torch.int32),
+    )
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "topology_of_mask": _topology_of_mask,
+    "transpose_topology": _transpose_topology,
+    "gather_kept": lambda weight, offsets, columns: weight.new_empty(columns.numel()),
+    "scatter_kept": lambda values, offsets, columns, in_features: values.new_empty(
+        (offsets.numel() - 1, in_features)
+    ),
+}
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"ppkernels::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"ppkernels::{_name}", _SHAPES[_name])
+    # The reference, wherever nothing better is registered for a device.
+    torch.library.impl(
+        f"ppkernels::{_name}", "CompositeExplicitAutograd", getattr(reference, _name)
+    )

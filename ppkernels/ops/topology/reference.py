@@ -1,0 +1,48 @@
+"""Topologies in pure PyTorch: the specification of every other implementation.
+
+A topology says which entries of a weight [N, K] are kept: ``offsets`` int32 [N + 1] and ``columns``
+[E], uint16 where K ≤ 65536 and else int32; `ppkernels.ops._entries` has the rules.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppkernels.ops._bits import unpacked
+from ppkernels.ops._entries import dense_of, index_dtype, order_of_columns, places_of, rows_of
+
+
+def topology_of_mask(words: Tensor, rows: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Offsets and columns of the entries whose bit is set."""
+    mask = unpacked(words, (rows, in_features))
+    ends = mask.sum(1).cumsum(0)
+    offsets = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)  # [N + 1]
+    columns = mask.nonzero()[:, 1].to(index_dtype(in_features))  # [E]
+    return offsets, columns
+
+
+def transpose_topology(
+    offsets: Tensor, columns: Tensor, in_features: int, taps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries column by column: offsets of columns [K + 1], rows [E] and order [E].
+
+    Entry e' of column k, counted from 0 over all columns, is entry order[e'] of the topology, in
+    row n. Column k is tap t = k mod ``taps`` of a convolution (taps is 1 for a linear layer), and
+    rows[e'] = n·taps + t. Within a column rows ascend.
+    """
+    order = order_of_columns(offsets, columns)
+    counts = torch.bincount(columns.long(), minlength=in_features)  # [K]
+    ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    rows = rows_of(offsets, columns.numel())[order] * taps + columns.long()[order] % taps
+    return ends, rows.to(index_dtype((offsets.numel() - 1) * taps)), order.to(torch.int32)
+
+
+def gather_kept(weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
+    """The values of ``weight`` [N, K] at the entries: [E]."""
+    return weight.reshape(-1)[places_of(offsets, columns, weight.shape[1])]
+
+
+def scatter_kept(values: Tensor, offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
+    """The weight [N, K] that has ``values`` at the entries and 0 elsewhere."""
+    return dense_of(values, offsets, columns, in_features)
