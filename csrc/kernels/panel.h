@@ -62,34 +62,38 @@ struct Ordered {
 // ---- accumulate
 
 // V vectors of sums, each in two parts, of every second entry: twice as many chains of additions
-// that do not wait for each other.
-template <int V>
+// that do not wait for each other. From eight vectors on there are enough of them in one part, and
+// no registers for two; `odd` is not used then.
+template <int V, int kParts = 2>
 struct Sums {
   f32v even[V] = {}, odd[V] = {};
 
-  PPKERNELS_INLINE f32v operator[](int v) const { return even[v] + odd[v]; }
+  PPKERNELS_INLINE f32v& second(int v) { return kParts == 1 ? even[v] : odd[v]; }
+  PPKERNELS_INLINE f32v operator[](int v) const {
+    return kParts == 1 ? even[v] : even[v] + odd[v];
+  }
 };
 
 // sums += Σ value[e] · operand[e], begin <= e < end. The first entry goes to the even sums, the
 // next one to the odd, and so on, so a result depends on where a row is cut into segments, and on
 // nothing else: call it once for each segment, with the same sums.
-template <int V, class Operand, class Value>
-PPKERNELS_INLINE void accumulate(Sums<V>& sums, const Operand operand, const Value value,
+template <int V, int kParts, class Operand, class Value>
+PPKERNELS_INLINE void accumulate(Sums<V, kParts>& sums, const Operand operand, const Value value,
                                  int64_t begin, int64_t end) {
   int64_t e = begin;
   for (; e + 1 < end; e += 2) {
     const float *x = operand[e], *y = operand[e + 1];
     const f32v a = value[e], b = value[e + 1];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       sums.even[v] = fma(a, load(x + v * kLanes), sums.even[v]);
-      sums.odd[v] = fma(b, load(y + v * kLanes), sums.odd[v]);
+      sums.second(v) = fma(b, load(y + v * kLanes), sums.second(v));
     }
   }
   if (e >= end) return;
   const float* x = operand[e];
   const f32v a = value[e];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v) sums.even[v] = fma(a, load(x + v * kLanes), sums.even[v]);
 }
 
@@ -119,7 +123,7 @@ PPKERNELS_INLINE void sample(const f32v (&g)[V], const Operand operand, float* o
   const auto dot = [&](int64_t e) {
     const float* x = operand[e];
     f32v sum = g[0] * load(x);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 1; v < V; ++v) sum = fma(g[v], load(x + v * kLanes), sum);
     return sum;
   };
