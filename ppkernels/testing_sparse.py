@@ -210,6 +210,7 @@ def _linear_cases() -> Iterator[SparseCase]:
     yield SparseCase("65537 rows", (65537, 2), (3,), few)
     yield SparseCase("permuted", (13, 37), (3, 5, 4), layout=transposed)
     yield SparseCase("larger", (300, 400), (70,), share(0.1), bias=torch.float32)
+    yield SparseCase("wider", (64, 3000), (130,), share(0.05))
 
 
 # Kernel, image, stride, padding, dilation.
@@ -409,7 +410,7 @@ def _entry_by_entry(call: SparseCall, op: str) -> Tensor:
     if not case.is_convolution:
         return y.view(case.output_shape)
     shape = case.output_shape
-    return y.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return y.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
 def _wide(call: SparseCall, change: Callable[[Tensor], Tensor]) -> SparseCall:

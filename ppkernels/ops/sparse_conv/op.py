@@ -155,7 +155,7 @@ def sparse_conv2d_grad_values(
     check_floating(op, "grad_output", grad_output)
     check_floating(op, "input", input)
     values = input.new_empty(0, dtype=dtype)
-    check_floating(op, "values", values)
+    check_floating(op, "dtype", values)
     _check_operand(op, "grad_output", grad_output, values, topology.rows, (4,))
     _check_operand(op, "input", input, values, topology.shape[1], (4,))
     _check_output(op, grad_output, geometry, input.shape[-2:])

@@ -109,7 +109,7 @@ def spmm_grad_values(
     check_floating(op, "grad_output", grad_output)
     check_floating(op, "input", input)
     values = input.new_empty(0, dtype=dtype)
-    check_floating(op, "values", values)
+    check_floating(op, "dtype", values)
     _check_operand(op, "grad_output", grad_output, values, topology.rows)
     _check_operand(op, "input", input, values, topology.in_features)
     if grad_output.shape[:-1] != input.shape[:-1] or grad_output.dtype != input.dtype:
