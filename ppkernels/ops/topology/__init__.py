@@ -6,11 +6,12 @@ from ppkernels.ops.topology.op import (
     topology_of_mask,
     transpose_topology,
 )
-from ppkernels.ops.topology.topology import Topology, Transposed
+from ppkernels.ops.topology.topology import Topology, Transposed, check_topology
 
 __all__ = [
     "Topology",
     "Transposed",
+    "check_topology",
     "gather_kept",
     "scatter_kept",
     "topology_of_mask",
