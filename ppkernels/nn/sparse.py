@@ -97,6 +97,9 @@ class Sparse(Masked):
             self.mask = bits_at(topology, dense.mask)
         self.train(dense.training)
 
+    def change_topology(self, drop: Tensor, grow: Tensor) -> None:
+        raise NotImplementedError
+
     def reset_parameters(self) -> None:
         """Draw θ and the bias as the dense layer draws them; no θ is 0."""
         bound = 1 / math.sqrt(max(self._topology.in_features, 1))
