@@ -100,7 +100,7 @@ IMPORTS = [
     ("ops/step/lists.py", ["torch.*", "{room}.*", "ppkernels._checks", BITS]),
     ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
-    ("nn/*.py", [*USES_OPS, "ppkernels.autograd"]),
+    ("nn/*.py", [*USES_OPS, "ppkernels.autograd", "ppkernels._shares"]),
     ("optim/*.py", [*USES_OPS]),
     ("sparsity/plots.py", ["matplotlib.*", "{room}.*"]),
     (
