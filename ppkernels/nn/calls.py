@@ -34,20 +34,13 @@ class Call(NamedTuple):
     times: int
 
 
-class Times(NamedTuple):
-    """Seconds of all calls of a layer: as it is, and sparse."""
-
-    dense: float
-    sparse: float
-
-
 class Measure(Protocol):
     """Says how long the calls of a layer take as it is and as a sparse one."""
 
     def __call__(
-        self, dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], training: bool
-    ) -> Times:
-        """``training``: forward and backward, not the forward alone."""
+        self, dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], training: bool, /
+    ) -> tuple[float, float]:
+        """Seconds of both; ``training``: of forward and backward, not of the forward alone."""
 
 
 # ---- recording
@@ -55,24 +48,21 @@ class Measure(Protocol):
 
 def calls_of(
     model: nn.Module, layers: Mapping[str, nn.Module], sample_input: Any, training: bool
-) -> dict[str, list[Call]]:
-    """How one forward of ``model`` calls ``layers``; the model is afterwards as it was.
+) -> dict[str, list[Call] | None]:
+    """How one forward of ``model`` calls ``layers``; None where with anything but a dense tensor.
 
-    It runs as it stands, each module in its own mode. Buffers (statistics of norms) and random
-    numbers are put back; no gradients are made.
+    The model runs as it stands, each module in its own mode. Buffers (statistics of norms) and
+    random numbers are put back; no gradients are made.
 
     Raises:
         TypeError: ``sample_input`` is no tensor, tuple of arguments or mapping of keywords.
     """
     args, kwargs = _arguments(sample_input)
-    found: dict[str, Counter[Call]] = {name: Counter() for name in layers}
+    found: dict[str, Counter[Call | None]] = {name: Counter() for name in layers}
 
     def hook_of(name: str) -> Callable[..., None]:
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = [*args, *kwargs.values()]
-            if inputs and isinstance(inputs[0], Tensor):
-                x: Tensor = inputs[0]
-                found[name][Call(tuple(x.shape), x.dtype, x.device, x.requires_grad, 1)] += 1
+            found[name][_call([*args, *kwargs.values()])] += 1
 
         return note
 
@@ -87,9 +77,18 @@ def calls_of(
         for hook in hooks:
             hook.remove()
     return {
-        name: [call._replace(times=times) for call, times in counter.items()]
+        name: None
+        if None in counter
+        else [call._replace(times=times) for call, times in counter.items() if call]
         for name, counter in found.items()
     }
+
+
+def _call(inputs: list[Any]) -> Call | None:
+    x = inputs[0] if inputs else None
+    if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
+        return None
+    return Call(tuple(x.shape), x.dtype, x.device, x.requires_grad, 1)
 
 
 def _arguments(sample_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -129,7 +128,7 @@ def _unmoved(model: nn.Module) -> Iterator[None]:
 # ---- timing
 
 
-def timed(dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], training: bool) -> Times:
+def timed(dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], training: bool) -> tuple[float, float]:
     """Both layers in turn under the clock, on random inputs: the sums of medians.
 
     The layers' forwards alone run, without hooks; their ``.grad`` is not touched.
@@ -142,7 +141,7 @@ def timed(dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], training: 
             runs = [_run_of(layer, x) for layer in (dense, sparse)]
             for index, seconds in enumerate(medians(runs, _SECONDS / len(calls))):
                 totals[index] += call.times * seconds
-    return Times(*totals)
+    return totals[0], totals[1]
 
 
 def _run_of(layer: nn.Module, x: Tensor) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Puts a layer of another kind in a layer's place: the same module and Parameters, other insides."""
+"""Turns a layer into one of another kind: the same module and Parameters with other insides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from ppkernels.nn.masks import Masked
 
 # What layers of this package keep among their attributes, and what a layer of another kind may
 # lack; all else that stands there is the user's.
-_OWN = ("_update_mask", "_mask", "plain_class", "stores", "_topology", "_geometry", "_least")
+_OWN = (
+    *("_update_mask", "_mask", "plain_class", "stores"),
+    *("_topology", "_geometry", "_least", "_dense_class"),
+)
 # What belongs to any module and stays: hooks, modes.
 _MODULE = frozenset(nn.Module().__dict__)
 
