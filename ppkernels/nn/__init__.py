@@ -15,19 +15,25 @@ from ppkernels.nn.conv import (
     PowerConv3d,
 )
 from ppkernels.nn.convert import add_masks, fold, powerize
+from ppkernels.nn.footprint import Footprint, LayerFootprint, footprint
 from ppkernels.nn.linear import MaskedLinear, PowerLinear
 from ppkernels.nn.masks import Masked
+from ppkernels.nn.plan import PlannedLayer, SparsifyPlan
 from ppkernels.nn.powered import Powered, set_alpha
 from ppkernels.nn.sparse import Sparse
 from ppkernels.nn.sparse_conv import PowerSparseConv2d, SparseConv2d
 from ppkernels.nn.sparse_linear import PowerSparseLinear, SparseLinear
+from ppkernels.nn.sparsify import densify, sparsify
 
 __all__ = [
+    "Footprint",
+    "LayerFootprint",
     "Masked",
     "MaskedConv1d",
     "MaskedConv2d",
     "MaskedConv3d",
     "MaskedLinear",
+    "PlannedLayer",
     "PowerConv1d",
     "PowerConv2d",
     "PowerConv3d",
@@ -38,9 +44,13 @@ __all__ = [
     "Sparse",
     "SparseConv2d",
     "SparseLinear",
+    "SparsifyPlan",
     "add_masks",
+    "densify",
     "fold",
+    "footprint",
     "init",
     "powerize",
     "set_alpha",
+    "sparsify",
 ]

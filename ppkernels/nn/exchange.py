@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels._powered import dismiss, enrol
+from ppkernels.nn.guard import note_resized
 from ppkernels.nn.masks import Masked
 
 # What layers of this package keep among their attributes, and what a layer of another kind may
@@ -45,10 +46,13 @@ def become(layer: nn.Module, made: nn.Module) -> None:
 
 def set_values(parameter: nn.Parameter, values: Tensor) -> None:
     """Let ``parameter`` hold ``values``, of another shape maybe; its ``.grad`` goes then."""
-    if values.shape != parameter.shape:
+    former = parameter.shape
+    if values.shape != former:
         parameter.grad = None
         # PyTorch keeps the shape of the gradient that it expects as long as a graph with the
         # parameter lives, and forgets it where the dtype changes.
         other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
         parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = values
+    if values.shape != former:
+        note_resized(parameter, former)

@@ -80,12 +80,10 @@ class Sparse(Masked):
         """A dense layer with masks of this one's sizes, powered if this one is."""
         raise NotImplementedError
 
-    def _take(self, dense: nn.Module) -> None:
+    def _take(self, dense: nn.Module, kept: Topology | None) -> None:
         """Become the sparse layer of ``dense``, whose sizes this one has already."""
-        theta = (dense.theta if is_masked(dense) else dense.weight).detach()  # type: ignore[operator]
-        kept = BitMask.pack(theta != 0)
         update_mask = dense.update_mask if is_masked(dense) else None
-        topology = Topology.of_mask(kept if update_mask is None else kept | update_mask)
+        topology = Topology.of_mask(pruned_mask(dense)) if kept is None else kept
         self._topology = topology
         weight = cast(nn.Parameter, dense.weight)
         self.weight = nn.Parameter(topology.gather(weight), weight.requires_grad)
@@ -140,6 +138,15 @@ class PowerSparse(Powered):
 
 
 # ---- masks, of the dense weight and over the values
+
+
+@torch.no_grad()
+def pruned_mask(dense: nn.Module) -> BitMask:
+    """What is left of a dense layer's weight: θ is not 0, or an ``update_mask`` trains it."""
+    theta = cast(Tensor, dense.theta if is_masked(dense) else dense.weight)
+    left = BitMask.pack(theta.detach() != 0)
+    update_mask = dense.update_mask if is_masked(dense) else None
+    return left if update_mask is None else left | update_mask
 
 
 def bits_at(topology: Topology, mask: BitMask | None) -> BitMask | None:
