@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from ppkernels._checks import DTYPES, check_model
-from ppkernels._powered import is_masked, is_powered
+from ppkernels._powered import is_masked, is_powered, is_sparse
 from ppkernels.nn.conv import (
     MaskedConv1d,
     MaskedConv2d,
@@ -159,6 +159,8 @@ def _obstacle(change: Change, module: nn.Module) -> str | None:
         return "torch.nn.utils has parametrized it"
     if change.is_done(module):
         return None
+    if is_sparse(module):
+        return "it is sparse; pp.densify the model before, and pp.sparsify it afterwards"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy; run a batch through the model first"
     if type(module) not in change.classes:

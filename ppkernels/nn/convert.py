@@ -60,7 +60,8 @@ def powerize(
     nn.MultiheadAttention included), nn.Conv1d, nn.Conv2d, nn.Conv3d. All others are left alone:
     transposed convolutions, embeddings, nn.Bilinear, recurrent layers, the input projection of
     nn.MultiheadAttention, subclasses, lazy layers that have seen no batch yet, layers whose weight
-    torch.nn.utils has parametrized or pruned. Asking for one of them by name is an error.
+    torch.nn.utils has parametrized or pruned, sparse layers (`pp.densify` them first). Asking for
+    one of them by name is an error.
 
     A layer that is powered already stays as it is, provided it has the exponent and ``stores``
     asked for; else it is an error, for `set_alpha` says what is to be kept. A layer of `add_masks`
