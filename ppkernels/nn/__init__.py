@@ -21,11 +21,15 @@ from ppkernels.nn.masks import Masked
 from ppkernels.nn.plan import PlannedLayer, SparsifyPlan
 from ppkernels.nn.powered import Powered, set_alpha
 from ppkernels.nn.sparse import Sparse
-from ppkernels.nn.sparse_conv import PowerSparseConv2d, SparseConv2d
-from ppkernels.nn.sparse_linear import PowerSparseLinear, SparseLinear
+from ppkernels.nn.sparse_conv import FoldedSparseConv2d, PowerSparseConv2d, SparseConv2d
+from ppkernels.nn.sparse_folded import FoldedSparse
+from ppkernels.nn.sparse_linear import FoldedSparseLinear, PowerSparseLinear, SparseLinear
 from ppkernels.nn.sparsify import densify, sparsify
 
 __all__ = [
+    "FoldedSparse",
+    "FoldedSparseConv2d",
+    "FoldedSparseLinear",
     "Footprint",
     "LayerFootprint",
     "Masked",

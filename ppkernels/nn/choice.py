@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from ppkernels._checks import DTYPES, check_model
-from ppkernels._powered import is_masked, is_powered, is_sparse
+from ppkernels._powered import is_masked, is_powered
 from ppkernels.nn.conv import (
     MaskedConv1d,
     MaskedConv2d,
@@ -23,6 +23,8 @@ from ppkernels.nn.conv import (
 from ppkernels.nn.linear import MaskedLinear, PowerLinear
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered, alpha_value
+from ppkernels.nn.sparse_conv import PowerSparseConv2d, SparseConv2d
+from ppkernels.nn.sparse_linear import PowerSparseLinear, SparseLinear
 
 Alpha = float | Tensor
 Alphas = Alpha | Mapping[str, Alpha] | Callable[[str, nn.Module], Alpha]
@@ -47,6 +49,8 @@ POWERED: dict[type[nn.Module], type[Powered]] = {
     MaskedConv1d: PowerConv1d,
     MaskedConv2d: PowerConv2d,
     MaskedConv3d: PowerConv3d,
+    SparseLinear: PowerSparseLinear,
+    SparseConv2d: PowerSparseConv2d,
 }
 _KINDS = "only nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d can be, and no subclasses"
 
@@ -159,8 +163,6 @@ def _obstacle(change: Change, module: nn.Module) -> str | None:
         return "torch.nn.utils has parametrized it"
     if change.is_done(module):
         return None
-    if is_sparse(module):
-        return "it is sparse; pp.densify the model before, and pp.sparsify it afterwards"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy; run a batch through the model first"
     if type(module) not in change.classes:

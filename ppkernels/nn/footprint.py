@@ -14,7 +14,12 @@ from ppkernels._checks import check_model
 from ppkernels._optimizers import innermost, optimizers_of
 from ppkernels._powered import is_sparse
 from ppkernels._text import bytes_text, percent_text, table
+from ppkernels.nn.checkpoint import INDICES
+from ppkernels.nn.sparse_folded import FoldedSparse
 from ppkernels.ops import BitMask
+
+# The buffers of a `FoldedSparse` that are parameters and indices elsewhere.
+_FOLDED = ("weight", "bias", *INDICES)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class LayerFootprint:
         name: the module's name in the model; ``"total"`` for all.
         kind: its class; empty for all.
         entries, kept: how many entries its parameters would have dense, and how many they have.
-        weights: bytes of parameters.
+        weights: bytes of parameters, and of what `pp.fold` has made of them.
         indices: where kept values stand, the transposed indices of a backward included once they
             are made.
         masks: bits of ``update_mask`` and ``mask``.
@@ -151,21 +156,37 @@ def _row(
     for key, buffer in module._buffers.items():
         if buffer is not None and id(buffer) not in seen:
             seen.add(id(buffer))
-            size = _bytes(buffer)
-            is_saved = key not in module._non_persistent_buffers_set
-            row = replace(
-                row,
-                buffers=row.buffers + size,
-                dense=row.dense + size,
-                disk=row.disk + size * is_saved,
-                dense_disk=row.dense_disk + size * is_saved,
-            )
+            row = _with_buffer(row, module, key, buffer)
     masks = sum(_bytes(mask.words) for mask in _masks(module))
-    indices = saved = 0
+    row = replace(row, masks=masks, disk=row.disk + masks)
     if is_sparse(module):
-        indices = module.topology.nbytes
-        saved = _bytes(module.topology.offsets) + _bytes(module.topology.columns)
-    return replace(row, masks=masks, indices=indices, disk=row.disk + masks + saved)
+        found = module.topology
+        saved = _bytes(found.offsets) + _bytes(found.columns)
+        row = replace(row, indices=found.nbytes, disk=row.disk + saved)
+    return row
+
+
+def _with_buffer(
+    row: LayerFootprint, module: nn.Module, key: str, buffer: Tensor
+) -> LayerFootprint:
+    size = _bytes(buffer)
+    saved = 0 if key in module._non_persistent_buffers_set else size
+    row = replace(row, disk=row.disk + saved)
+    if not isinstance(module, FoldedSparse) or key not in _FOLDED:
+        row = replace(row, dense_disk=row.dense_disk + saved)
+        return replace(row, buffers=row.buffers + size, dense=row.dense + size)
+    if key in INDICES:
+        return replace(row, indices=row.indices + size)
+    entries = module.shape.numel() if key == "weight" else buffer.numel()
+    dense = entries * buffer.element_size()
+    return replace(
+        row,
+        entries=row.entries + entries,
+        kept=row.kept + buffer.numel(),
+        weights=row.weights + size,
+        dense=row.dense + dense,
+        dense_disk=row.dense_disk + dense,
+    )
 
 
 def _with_parameter(

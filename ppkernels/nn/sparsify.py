@@ -20,6 +20,7 @@ from ppkernels.nn.choice import Select, called
 from ppkernels.nn.exchange import become
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.plan import Choice, PlannedLayer, SparsifyPlan
+from ppkernels.nn.powered import Powered
 from ppkernels.nn.sparse import Sparse
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -179,7 +180,8 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     made = {name: layer.to_dense() for name, layer in layers.items()}
     for name, layer in layers.items():
         topology, grad, dense = layer.topology, layer.weight.grad, made[name]
-        if not issubclass(layer.__dict__.get("_dense_class", Masked), Masked):
+        was_plain = not issubclass(layer.__dict__.get("_dense_class", Masked), Masked)
+        if was_plain and not isinstance(dense, Powered):
             dense.become_plain()
         become(layer, dense)
         layer.weight.grad = None if grad is None else topology.scatter(grad)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from ppkernels._checks import check_floating, check_model, check_numbers, check_whole
-from ppkernels._powered import alpha_of_stored, is_powered, is_sparse, weight_parameter
+from ppkernels._checks import check_model, check_numbers, check_whole
+from ppkernels._powered import alpha_of_stored, is_powered
 from ppkernels.ops import BitMask, Statistics
-from ppkernels.sparsity.layers import check_whole_weight, shown, unwrapped
+from ppkernels.sparsity.layers import unwrapped
+from ppkernels.sparsity.listed import SPARSE, listed, sources_of, weight_of
 from ppkernels.sparsity.seen import epsilon_text, seen
 
 
@@ -227,8 +225,8 @@ def report(
     model = unwrapped(model)
     found: dict[int, tuple[str, nn.Module, Tensor, list[str]]] = {}
     own: set[int] = set()
-    for name, layer in _layers(model):
-        weight, sources = _weight_of(name, layer), _sources(layer)
+    for name, layer in listed(model):
+        weight, sources = weight_of(name, layer), sources_of(layer)
         # What the weight comes from is a parameter of its own under torch.nn.utils.
         is_own = any(each is weight for each in sources)
         key = id(weight) if is_own else id(layer)
@@ -249,50 +247,6 @@ def report(
     return Report(layers, _total(layers), others)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules():
-        is_ours = is_powered(module) or is_sparse(module)
-        if is_ours or isinstance(module, (nn.Linear, _ConvNd)):
-            name = shown(path, module)
-            if isinstance(module, LazyModuleMixin):
-                raise ValueError(f"report: {name!r} is lazy; run a batch through the model first")
-            yield name, cast(nn.Module, module)
-
-
-def _weight_of(name: str, layer: nn.Module) -> Tensor:
-    """The weight of ``layer``, read once and as in evaluation, which leaves no traces.
-
-    A parametrization computes it anew at each look, and spectral_norm's goes on with its power
-    iteration where the layer is in training.
-    """
-    modes = [(module, module.training) for module in layer.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            weight = cast(Tensor, layer.weight)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    check_whole_weight("report", name, weight)
-    check_floating("report", f"the weight of {name!r}", weight)
-    if weight.is_meta:
-        raise ValueError(f"report: {name!r} is on the meta device and holds no values")
-    return weight
-
-
-def _sources(layer: nn.Module) -> list[nn.Parameter]:
-    """The Parameters that the weight comes from; torch.nn.utils puts others in its place."""
-    weight = weight_parameter(layer)
-    if weight is not None:
-        return [weight]
-    return [
-        parameter
-        for name, parameter in layer.named_parameters()
-        if name.removeprefix("parametrizations.").startswith("weight")
-    ]
-
-
 def _layer_report(
     name: str,
     layer: nn.Module,
@@ -303,12 +257,12 @@ def _layer_report(
 ) -> LayerReport:
     powered = layer if is_powered(layer) else None
     mask, update_mask = (_mask_of(layer, each) for each in ("mask", "update_mask"))
-    topology = layer.topology if is_sparse(layer) else None
+    topology = layer.topology if isinstance(layer, SPARSE) else None
     shape = weight.shape if topology is None else topology.shape
     entries, size = math.prod(shape), weight.element_size()
     alpha = alpha_of_stored(layer)
     found, zeros = seen(name, weight.detach(), alpha, mask, epsilons, bins, entries)
-    sources: Sequence[Tensor] = _sources(layer) or [weight]
+    sources: Sequence[Tensor] = sources_of(layer) or [weight]
     is_trained = any(source.requires_grad for source in sources)
     trained = (weight.numel() if update_mask is None else update_mask.count()) * is_trained
     kept = entries - zeros
