@@ -23,6 +23,8 @@ from ppkernels.nn.sparse_masks import bits_at, dense_bits, pruned_mask
 from ppkernels.ops import BitMask, Topology
 
 SparseT = TypeVar("SparseT", bound="Sparse")
+# What the compiled products take; all else runs by the reference, which is there to be right.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 # A share of the entries at random, or which.
 Kept = float | Topology | BitMask
 
@@ -285,7 +287,7 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
         return "its weight is no Parameter of its own (torch.nn.utils has normalised or pruned it)"
     if weight.is_meta:
         return "its weight is on the meta device, where tensors have no values"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
+    if weight.dtype not in KERNEL_DTYPES:
         return f"its weight is {weight.dtype}, and the kernels have float32 and bfloat16"
     return None
 
