@@ -23,7 +23,8 @@ from ppkernels.nn.masks import Masked
 from ppkernels.nn.plan import Choice, PlannedLayer, SparsifyPlan
 from ppkernels.nn.powered import Powered
 from ppkernels.nn.replay import replayed, without_masks
-from ppkernels.nn.sparse import KERNEL_DTYPES, Sparse
+from ppkernels.nn.sparse import Sparse
+from ppkernels.nn.sparse_kept import KERNEL_DTYPES
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer]
