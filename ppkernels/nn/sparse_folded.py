@@ -22,7 +22,7 @@ class FoldedSparse(nn.Module):
 
     ``.to(torch.bfloat16)`` takes half the bytes for the values; indices stay as they are.
     torch.compile(fullgraph=True) and torch.export take such layers. A gradient flows through them
-    to their input; as each pass then sorts the indices anew, inference belongs under
+    to their input, which costs the indices once more; inference belongs under
     ``torch.no_grad()``.
 
     Checkpoints: the state_dict holds ``weight``, ``bias``, ``offsets`` and ``columns``. Loading
@@ -35,6 +35,7 @@ class FoldedSparse(nn.Module):
     columns: Tensor
     bias: Tensor | None
     shape: torch.Size
+    _known: Topology | None = None
 
     def hold(self, topology: Topology, weight: Tensor, bias: Tensor | None) -> None:
         """Take these as the layer's buffers; the tensors of ``topology`` are copied.
@@ -59,7 +60,14 @@ class FoldedSparse(nn.Module):
     @property
     def topology(self) -> Topology:
         """Where the values stand in the weight of the dense layer."""
-        return Topology.unchecked(self.offsets, self.columns, self.shape)
+        offsets, columns = self.offsets, self.columns
+        if torch.compiler.is_compiling():
+            return Topology.unchecked(offsets, columns, self.shape)
+        known = self._known
+        # The buffers are exchanged when the layer changes its device, or loads other indices.
+        if known is None or known.columns is not columns or known.offsets is not offsets:
+            known = self._known = Topology.unchecked(offsets, columns, self.shape)
+        return known
 
     def dense(self) -> Tensor:
         """θ as the dense layer's weight: 0 where nothing is kept."""
@@ -69,7 +77,7 @@ class FoldedSparse(nn.Module):
         return f", kept={self.columns.numel()}/{self.shape.numel()}, dtype={self.weight.dtype}"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_buffers": self._buffers.copy()}
+        state = {**self.__dict__, "_buffers": self._buffers.copy(), "_known": None}
         if self.columns.dtype == torch.uint16:
             # pickle cannot load a tensor that is uint16 (torch.load can).
             state["_buffers"]["columns"] = self.columns.view(torch.int16)
