@@ -190,6 +190,41 @@ def over_epochs(
     save(figure, path)
 
 
+def stages(
+    names: Sequence[str],
+    bars: Mapping[str, Sequence[Sequence[float]]],
+    points: Mapping[str, Sequence[Sequence[float]]],
+    path: Path,
+) -> None:
+    """What a network is at each stage of its way, a row for each, to the file ``path``.
+
+    Args:
+        names: of the stages, from the first to the last.
+        bars: panels of bars that begin at 0: by heading, for each stage the numbers of a mean and a
+            deviation; a stage without numbers has none.
+        points: panels of points likewise, for numbers far from 0.
+        path: where the PNG goes.
+    """
+    count = len(bars) + len(points)
+    figure, axes = plt.subplots(
+        1, count, figsize=(2 + 4 * count, 1.2 + 0.4 * len(names)), sharey=True, squeeze=False
+    )
+    for axis, (heading, panel) in zip(axes[0], [*bars.items(), *points.items()], strict=True):
+        shown = [(row, np.array(values)) for row, values in enumerate(panel) if len(values)]
+        rows = [row for row, _ in shown]
+        means = [values.mean() for _, values in shown]
+        errors = [values.std(ddof=1) if len(values) > 1 else 0.0 for _, values in shown]
+        if heading in bars:
+            axis.barh(rows, means, xerr=errors, color="0.7")
+        else:
+            axis.errorbar(means, rows, xerr=errors, fmt="o", color="0.2")
+        axis.set_xlabel(heading)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    save(figure, path)
+
+
 def colours(labels: Iterable[str], highlight: Collection[str] = ()) -> dict[str, np.ndarray]:
     """Dark to light along the labels, which have an order; red ones for ``highlight``."""
     ordinary = [label for label in labels if label not in highlight]
