@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ppkernels._checks import check_model
+from ppkernels._optimizers import optimizers_of
 from ppkernels._powered import Keep
 from ppkernels.nn import set_alpha
 from ppkernels.sparsity.layers import Select, unwrapped
-from ppkernels.sparsity.momentum import check_follows, follow_alpha, optimizers_of
+from ppkernels.sparsity.momentum import check_follows, follow_alpha
 from ppkernels.sparsity.phases import (
     Decision,
     Entries,
@@ -147,7 +148,7 @@ class AdaptiveAlpha:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
     ) -> None:
         self.options = Options(epsilon, period, cr, cd, keep, alpha_max, per_layer, entries)
-        self._optimizers = optimizers_of(optimizer)
+        self._optimizers = optimizers_of("AdaptiveAlpha", optimizer)
         if keep == "theta" and not self._optimizers:
             raise TypeError(
                 "AdaptiveAlpha: keep='theta' makes phi another one, and an optimizer's averages of "

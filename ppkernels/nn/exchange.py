@@ -1,0 +1,54 @@
+"""Turns a layer into one of another kind: the same module and Parameters with other insides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ppkernels._powered import dismiss, enrol
+from ppkernels.nn.masks import Masked
+
+# What layers of this package keep among their attributes, and what a layer of another kind may
+# lack; all else that stands there is the user's.
+_OWN = (
+    *("_update_mask", "_mask", "plain_class", "stores"),
+    *("_topology", "_geometry", "_least", "_dense_class"),
+)
+# What belongs to any module and stays: hooks, modes.
+_MODULE = frozenset(nn.Module().__dict__)
+
+
+def become(layer: nn.Module, made: nn.Module) -> None:
+    """Turn ``layer`` into ``made``, which was made of it and must not be used afterwards.
+
+    The module stays the same object, and so do its Parameters: hooks, and the references of
+    optimizers hold. The weight takes the values of ``made``'s, whatever their shape; the ``.grad``
+    of a weight that changes its shape is dropped. All other parameters and buffers stay as they
+    are, those that only ``made`` has come along.
+    """
+    for name in _OWN:
+        layer.__dict__.pop(name, None)
+    for name, value in made.__dict__.items():
+        if name not in _MODULE:
+            layer.__dict__[name] = value
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    set_values(weight, made._parameters["weight"].detach())  # type: ignore[union-attr]
+    for name, buffer in made._buffers.items():
+        layer._buffers.setdefault(name, buffer)
+    layer.__class__ = type(made)
+    if isinstance(layer, Masked):
+        enrol(layer)
+    else:
+        dismiss(layer)
+
+
+def set_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Let ``parameter`` hold ``values``, of another shape maybe; its ``.grad`` goes then."""
+    if values.shape != parameter.shape:
+        parameter.grad = None
+        # PyTorch keeps the shape of the gradient that it expects as long as a graph with the
+        # parameter lives, and forgets it where the dtype changes.
+        other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = values

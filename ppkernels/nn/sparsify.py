@@ -1,0 +1,339 @@
+"""Makes pruned layers of a model sparse where that is faster, in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from ppkernels._checks import check_model, check_number
+from ppkernels._extension import cpu_capability
+from ppkernels._optimizers import optimizers_of, state_tensors
+from ppkernels._powered import is_sparse
+from ppkernels.nn.calls import Call, Measure, calls_of, timed
+from ppkernels.nn.candidates import Candidate, candidates, selected
+from ppkernels.nn.choice import Select, called
+from ppkernels.nn.exchange import become
+from ppkernels.nn.masks import Masked
+from ppkernels.nn.plan import Choice, PlannedLayer, SparsifyPlan
+from ppkernels.nn.sparse import Sparse
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Optimizers = Optimizer | Iterable[Optimizer]
+
+# What the CPU kernels take; all else runs by the reference, which is there to be right.
+_IN_KERNELS = (torch.float32, torch.bfloat16)
+
+
+def sparsify(
+    model: nn.Module,
+    sample_input: Any = None,
+    *,
+    training: bool = True,
+    at_least: float = 1.0,
+    select: Select | None = None,
+    optimizer: Optimizers | None = None,
+    plan: SparsifyPlan | None = None,
+    measure: Measure = timed,
+) -> SparsifyPlan:
+    """Make each pruned layer of ``model`` sparse that is faster so, in place.
+
+    A layer is pruned where entries of θ are 0 and, if an ``update_mask`` is set, stay so: the
+    `Pruner` leaves such layers, and so do masks of your own and plain layers with zeros. Sparse, it
+    stores the entries that are left alone (`pp.nn.SparseLinear`, `SparseConv2d`), and so does the
+    optimizer; forward, backward and step cost what is left. Outputs and gradients are those of the
+    masked dense layer to rounding. What is not kept stays 0 from then on, also in a plain layer
+    without masks, whose zeros a step would have moved. An entry that ``mask`` hides and that no
+    step trains is not kept.
+
+    One forward of the model on ``sample_input`` finds the shapes that its layers are called with.
+    Each pruned layer is then timed as it is and sparse, in turns, on random inputs of these shapes
+    and with torch's threads as they are, some hundredths of a second a layer. The model is left as
+    it is by that: modes, buffers (statistics of norms), gradients, random numbers. What a forward
+    writes elsewhere, into attributes of its own, it writes.
+
+    The modules stay the same objects, and so do their Parameters (which have another shape then):
+    hooks and an optimizer's references hold. Do this before the model is wrapped or compiled.
+
+    Left dense, with the reason in the plan: layers of other kinds than nn.Linear and nn.Conv2d,
+    powered or with masks or plain; subclasses; what `pp.nn.SparseConv2d` does not have; weights
+    that others share, that torch.nn.utils has put something in place of, or that a module such as
+    nn.MultiheadAttention reads itself; layers that ``sample_input`` does not reach.
+
+    Args:
+        model: any module; a layer itself is changed.
+        sample_input: what the model is called with: a tensor, a tuple of arguments, or a dict of
+            keyword arguments; of the batch size that is to be fast.
+        training: forward and backward are to be fast together; False, the forward alone.
+        at_least: how many times faster a sparse layer has to be.
+        select: which layers: the names of some (of ``model.named_modules()``), or a function of
+            name and layer. All of them by default.
+        optimizer: the optimizer that trains the model, or several: momentum, averages of gradients
+            and master weights of what is kept are kept. One that has taken a step and is not given
+            here has a state of another shape than the weights, and its next step is an error.
+        plan: instead of ``sample_input``: the plan of another copy of the model. Nothing is
+            measured, and the same layers become sparse. One that is not pruned here, in a new model
+            that is to load a checkpoint say, keeps as many entries as the plan says, the largest.
+        measure: who says how long a layer takes: called with the layer, its sparse counterpart, the
+            calls of one forward and ``training``, it gives the seconds of both. By default the clock.
+
+    Returns:
+        What was chosen for each linear and convolution layer, and why: ``print(plan)``,
+        ``plan.save(path)``. The given ``plan``, if there was one.
+
+    Raises:
+        TypeError: arguments of another kind; not one of ``sample_input`` and ``plan``.
+        ValueError: a model without such layers, or that is wrapped; a name that there is not; a
+            plan of another model.
+        RuntimeError: an optimizer's state that is not known to follow.
+
+    Nothing is changed when an error is raised. `densify` is the way back.
+
+    Example::
+
+        pruner.prune()
+        plan = pp.sparsify(model, images, optimizer=optimizer)
+        print(plan)
+        plan.save("plan.json")
+
+        # elsewhere
+        model = Net()
+        pp.sparsify(model, plan=pp.SparsifyPlan.load("plan.json"))
+        model.load_state_dict(torch.load("model.pt"))
+    """
+    check_model("sparsify", model)
+    _check_bare("sparsify", model)
+    if (sample_input is None) == (plan is None):
+        raise TypeError("sparsify: give sample_input, or plan, and not both")
+    optimizers = optimizers_of("sparsify", optimizer)
+    found = candidates(model)
+    if not found:
+        raise ValueError(
+            f"sparsify: {type(model).__name__} holds no linear or convolution layer"
+        )
+    made: dict[str, Sparse] = {}
+    if plan is not None:
+        if not isinstance(plan, SparsifyPlan) or select is not None:
+            raise TypeError(
+                "sparsify: plan must be a pp.SparsifyPlan, without a select beside it, got "
+                f"{type(plan).__name__} and select={select!r}"
+            )
+        made = _replayed(model, found, plan)
+    else:
+        least = check_number("sparsify", "at_least", at_least)
+        if not least >= 0:
+            raise ValueError(f"sparsify: at_least must be a number >= 0, got {at_least}")
+        wanted = selected(model, found, select)
+        settled = {each.name: _settled(each, wanted) for each in found}
+        able = {each.name: each.layer for each in found if settled[each.name] is None}
+        calls = calls_of(model, able, sample_input, training)
+        rows = []
+        for each in found:
+            row, sparse = settled[each.name], None
+            if row is None:
+                row, sparse = _measured(each, calls[each.name], training, least, measure)
+            if sparse is not None:
+                made[each.name] = sparse
+            rows.append(row)
+        plan = SparsifyPlan(tuple(rows), training, least, torch.get_num_threads(), cpu_capability())
+    _become_sparse(model, made, optimizers)
+    return plan
+
+
+def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
+    """Turn the sparse layers of ``model`` into dense ones again, in place: `sparsify` undone.
+
+    A layer is of the class that it had before `sparsify`; one that was made sparse becomes a
+    `MaskedLinear` or `MaskedConv2d`, powered ones a `PowerLinear` or `PowerConv2d`. Weights and
+    biases have the bits that they had sparse, and are 0 where nothing was kept. What may have masks
+    has an ``update_mask`` of the kept entries, so that it trains as the sparse layer did; a plain
+    layer has none, and its zeros may be trained again. Modules and Parameters stay the same
+    objects.
+
+    Args:
+        model: any module; a sparse layer itself is changed and returned. One without sparse layers
+            is returned as it is.
+        optimizer: as in `sparsify`; the state of what was not kept is 0.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: no module; an optimizer of another kind.
+        ValueError: a model that is wrapped or compiled.
+        RuntimeError: an optimizer's state that is not known to follow; a weight that torch.nn.utils
+            has parametrized or pruned.
+
+    Nothing is changed when an error is raised.
+    """
+    check_model("densify", model)
+    _check_bare("densify", model)
+    optimizers = optimizers_of("densify", optimizer)
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, Sparse)}
+    states = {
+        name: state_tensors("densify", optimizers, name, layer.weight)
+        for name, layer in layers.items()
+    }
+    made = {name: layer.to_dense() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        topology, grad, dense = layer.topology, layer.weight.grad, cast(Masked, made[name])
+        if not issubclass(layer.__dict__.get("_dense_class", Masked), Masked):
+            dense.become_plain()
+        become(layer, dense)
+        layer.weight.grad = None if grad is None else topology.scatter(grad)
+        for tensor in states[name]:
+            tensor.replace(topology.scatter)
+    return model
+
+
+def _check_bare(op: str, model: nn.Module) -> None:
+    """No wrapper around ``model`` has copied, hooked or compiled what is going to change."""
+    for name, module in model.named_modules():
+        is_compiled = "_orig_mod" in module._modules
+        if is_compiled or isinstance(module, (DataParallel, DistributedDataParallel)):
+            raise ValueError(
+                f"{op}: {called(name, module)} wraps a model whose layers are to change; do this "
+                "to the model itself, before it is wrapped"
+            )
+
+
+# ---- what is chosen
+
+
+def _settled(each: Candidate, wanted: set[str]) -> PlannedLayer | None:
+    """The row of a layer of which nothing has to be measured; None of the others."""
+    if is_sparse(each.layer):
+        return _row(each, "sparse", "it is already")
+    if each.name not in wanted:
+        return _row(each, "dense", "not selected")
+    reason = each.obstacle or each.unpruned()
+    device = None if reason else cast(Tensor, each.layer.weight).device
+    if device is not None and device.type != "cpu":
+        reason = f"on {device}, where sparse products have no kernels"
+    return _row(each, "dense", reason) if reason else None
+
+
+def _measured(
+    each: Candidate, calls: list[Call] | None, training: bool, at_least: float, measure: Measure
+) -> tuple[PlannedLayer, Sparse | None]:
+    """The row of a pruned layer, and its sparse counterpart where that is chosen."""
+    if not calls:
+        why = "not reached by the sample input" if calls is not None else "called with no tensor"
+        return _row(each, "dense", why), None
+    seen = {
+        "inputs": tuple(dict.fromkeys(call.shape for call in calls)),
+        "calls": sum(call.times for call in calls),
+    }
+    for call in calls:
+        if call.dtype not in _IN_KERNELS:
+            dtype = str(call.dtype).removeprefix("torch.")
+            row = _row(each, "dense", f"input dtype {dtype} has no kernel")
+            return replace(row, **seen), None
+    counterpart = each.as_sparse()
+    dense_ms, sparse_ms = (1e3 * t for t in measure(each.layer, counterpart, calls, training))
+    is_sparse_best = dense_ms >= at_least * sparse_ms and dense_ms > 0
+    first, second = sorted((dense_ms, sparse_ms))
+    reason = (
+        f"{'dense' if dense_ms < sparse_ms else 'sparse'} is faster: {first:.3g} ms against "
+        f"{second:.3g} ms"
+    )
+    if at_least != 1:
+        reason += f"; {at_least:g} times are asked for"
+    row = _row(each, "sparse" if is_sparse_best else "dense", reason)
+    row = replace(row, **seen, dense_ms=dense_ms, sparse_ms=sparse_ms)
+    return row, counterpart if is_sparse_best else None
+
+
+def _row(each: Candidate, choice: Choice, reason: str) -> PlannedLayer:
+    return PlannedLayer(
+        name=each.name,
+        kind=each.kind,
+        shape=each.shape,
+        kept=each.kept,
+        inputs=(),
+        calls=0,
+        dense_ms=None,
+        sparse_ms=None,
+        choice=choice,
+        reason=reason,
+    )
+
+
+# ---- a plan from elsewhere
+
+
+def _replayed(
+    model: nn.Module, found: Sequence[Candidate], plan: SparsifyPlan
+) -> dict[str, Sparse]:
+    """The sparse counterparts of the layers that ``plan`` has as sparse, by name.
+
+    Raises:
+        ValueError: the plan is that of another model.
+    """
+    layers = {each.name: each for each in found}
+    planned = {row.name: row for row in plan.layers}
+    for name, row in planned.items():
+        if name not in layers:
+            raise ValueError(
+                f"sparsify: the plan has a {row.kind} {name!r}, and {type(model).__name__} has no "
+                "linear or convolution layer of that name"
+            )
+        if row.shape and layers[name].shape and row.shape != layers[name].shape:
+            raise ValueError(
+                f"sparsify: the weight of {name!r} has shape {row.shape} in the plan, and "
+                f"{layers[name].shape} in {type(model).__name__}"
+            )
+    for name, each in layers.items():
+        if name not in planned:
+            raise ValueError(
+                f"sparsify: {type(model).__name__} has a {each.kind} {name!r}, of which the plan "
+                "says nothing; it is that of another model"
+            )
+        if is_sparse(each.layer) and planned[name].choice == "dense":
+            raise ValueError(
+                f"sparsify: {called(name, each.layer)} is dense in the plan; pp.densify the model "
+                "before the plan is replayed"
+            )
+    return {
+        name: _planned(each, planned[name].kept)
+        for name, each in layers.items()
+        if planned[name].choice == "sparse" and not is_sparse(each.layer)
+    }
+
+
+def _planned(each: Candidate, kept: int) -> Sparse:
+    """The sparse counterpart of a layer, with its own entries if it is pruned."""
+    if each.obstacle is not None:
+        raise ValueError(
+            f"sparsify: {called(each.name, each.layer)} is sparse in the plan and cannot be here: "
+            f"{each.obstacle}"
+        )
+    return each.as_sparse(None if each.unpruned() is None else kept)
+
+
+# ---- the change itself
+
+
+def _become_sparse(
+    model: nn.Module, made: Mapping[str, Sparse], optimizers: Sequence[Optimizer]
+) -> None:
+    """Give the layers their sparse counterparts' insides, and the optimizers' states with them."""
+    layers = {name: model.get_submodule(name) for name in made}
+    weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
+    states = {
+        name: state_tensors("sparsify", optimizers, name, weight)
+        for name, weight in weights.items()
+    }
+    for name, layer in layers.items():
+        weight, topology = weights[name], made[name].topology
+        grad, dense_class = weight.grad, type(layer)
+        become(layer, made[name])
+        layer.__dict__["_dense_class"] = dense_class
+        weight.grad = None if grad is None else topology.gather(grad)
+        for tensor in states[name]:
+            tensor.replace(topology.gather)
