@@ -28,15 +28,12 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes that a network holds while it trains."""
+    """The bytes that a network holds while it trains, but for gradients and activations."""
 
     weights: int
     indices: int  # of sparse layers, and the masks of the others
     state: int  # of the optimizer
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.indices + self.state
+    total: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,12 @@ def megabytes(count: float) -> str:
     return f"{count / MEGABYTE:.3g}" if count < 1e3 * MEGABYTE else f"{count / MEGABYTE:.0f}"
 
 
+def memory_of(footprint: pp.Footprint) -> Memory:
+    """The sums over all layers."""
+    found = footprint.total
+    return Memory(found.weights, found.indices + found.masks, found.state, found.memory)
+
+
 # ---- tables
 
 
@@ -119,10 +122,10 @@ def epoch_seconds(group: Sequence[Stage]) -> list[float]:
 
 
 def _show_stages(groups: Mapping[str, Sequence[Stage]], console: Console) -> None:
-    table = Table(title="Stages", box=box.SIMPLE_HEAD, collapse_padding=True)
+    table = Table(title="Stages, sizes in MB", box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("")
     # Narrow enough for 80 columns with several seeds.
-    for heading in ("s/epoch", "weights", "indices", "state", "all, MB", "file", "accuracy, %"):
+    for heading in ("s/epoch", "weights", "indices", "state", "all", "file", "accuracy, %"):
         table.add_column(heading, justify="right")
     for label, group in groups.items():
         seconds, memory = epoch_seconds(group), group[0].memory
@@ -177,14 +180,11 @@ def save(
     results = {"settings": settings, "runs": [asdict(run) for run in runs]}
     paths[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     groups = by_label(runs)
-    plots.stages(
-        list(groups),
-        {"seconds per epoch": [epoch_seconds(group) for group in groups.values()]},
-        {
-            f"accuracy on {tested_on}, %": [
-                [100 * stage.accuracy for stage in group] for group in groups.values()
-            ]
-        },
-        paths[1],
-    )
+    held = [[stage.memory for stage in group if stage.memory] for group in groups.values()]
+    bars = {
+        "seconds per epoch": [epoch_seconds(group) for group in groups.values()],
+        "MB of weights, indices and state": [[m.total / MEGABYTE for m in own] for own in held],
+    }
+    accuracies = [[100 * stage.accuracy for stage in group] for group in groups.values()]
+    plots.stages(list(groups), bars, {f"accuracy on {tested_on}, %": accuracies}, paths[1])
     return paths
