@@ -195,33 +195,37 @@ def stages(
     bars: Mapping[str, Sequence[Sequence[float]]],
     points: Mapping[str, Sequence[Sequence[float]]],
     path: Path,
+    highlight: Collection[str] = (),
 ) -> None:
     """What a network is at each stage of its way, a row for each, to the file ``path``.
 
     Args:
         names: of the stages, from the first to the last.
         bars: panels of bars that begin at 0: by heading, for each stage the numbers of a mean and a
-            deviation; a stage without numbers has none.
+            standard deviation; a stage without numbers has no bar.
         points: panels of points likewise, for numbers far from 0.
         path: where the PNG goes.
+        highlight: the stages that stand out in red.
     """
-    count = len(bars) + len(points)
+    panels = {**bars, **points}
     figure, axes = plt.subplots(
-        1, count, figsize=(2 + 4 * count, 1.2 + 0.4 * len(names)), sharey=True, squeeze=False
+        1, len(panels), figsize=(2 + 4 * len(panels), 1 + 0.4 * len(names)), sharey=True
     )
-    for axis, (heading, panel) in zip(axes[0], [*bars.items(), *points.items()], strict=True):
-        shown = [(row, np.array(values)) for row, values in enumerate(panel) if len(values)]
-        rows = [row for row, _ in shown]
-        means = [values.mean() for _, values in shown]
-        errors = [values.std(ddof=1) if len(values) > 1 else 0.0 for _, values in shown]
-        if heading in bars:
-            axis.barh(rows, means, xerr=errors, color="0.7")
-        else:
-            axis.errorbar(means, rows, xerr=errors, fmt="o", color="0.2")
+    for axis, (heading, panel) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        shown = {row: np.array(values) for row, values in enumerate(panel) if len(values)}
+        for row, values in shown.items():
+            shade = "tab:red" if names[row] in highlight else "0.6"
+            error = values.std(ddof=1) if len(values) > 1 else None
+            if heading in bars:
+                drawn = axis.barh(row, values.mean(), xerr=error, color=shade)
+                axis.bar_label(drawn, fmt="%.3g", padding=4)
+            else:
+                axis.errorbar(values.mean(), row, xerr=error, fmt="o", color=shade)
+        axis.margins(x=0.15)
         axis.set_xlabel(heading)
         axis.grid(axis="x", alpha=0.3)
-    axes[0, 0].set_yticks(range(len(names)), names)
-    axes[0, 0].invert_yaxis()
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
     save(figure, path)
 
 

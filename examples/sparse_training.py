@@ -318,8 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = data.first(QUICK["train"], QUICK["test"])
     report.introduce(data, console)
     console.print(
-        f"Network: 784-{options.width}-{options.width}-{options.width}-10, α = {options.alpha:g}; "
-        f"{options.threads} threads"
+        f"Network: 784-{options.width}-{options.width}-{options.width}-10, α = {options.alpha:g}, "
+        f"stepped by {options.optimizer}; threads: {options.threads}"
     )
 
     epochs = options.epochs + 2 * len(options.kept) * options.tuning_epochs

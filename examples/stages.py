@@ -17,11 +17,11 @@ from rich.table import Table
 
 import ppkernels as pp
 
-# The stages, as tables and pictures call them.
-DENSE = "trained dense"
+# The stages, as tables and pictures call them. The last two are fine-tuned.
+DENSE = "dense"
 PRUNED = "pruned"
-MASKED = "fine-tuned, masked"
-SPARSE = "fine-tuned, sparse"
+MASKED = "masked"
+SPARSE = "sparse"
 
 MEGABYTE = 1e6
 
@@ -49,7 +49,7 @@ class Stage:
 
     @property
     def label(self) -> str:
-        return self.name if self.kept == 1 else f"{self.name}, {100 * self.kept:g} % kept"
+        return self.name if self.kept == 1 else f"{self.name}, {100 * self.kept:g} %"
 
     def __str__(self) -> str:
         parts = [f"{self.label}: accuracy {self.accuracy:.2%}"]
@@ -123,7 +123,7 @@ def epoch_seconds(group: Sequence[Stage]) -> list[float]:
 
 def _show_stages(groups: Mapping[str, Sequence[Stage]], console: Console) -> None:
     table = Table(title="Stages, sizes in MB", box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("")
+    table.add_column("stage, kept", no_wrap=True)
     # Narrow enough for 80 columns with several seeds.
     for heading in ("s/epoch", "weights", "indices", "state", "all", "file", "accuracy, %"):
         table.add_column(heading, justify="right")
@@ -139,8 +139,8 @@ def _show_stages(groups: Mapping[str, Sequence[Stage]], console: Console) -> Non
 
 
 def _show_inference(runs: Sequence[Run], console: Console) -> None:
-    table = Table(title="Inference, folded: images per second", box=box.SIMPLE_HEAD)
-    for heading in ("kept", "batch", "dense", "sparse", "times", "file, MB: dense", "sparse"):
+    table = Table(title="Inference, folded: images per second, and the file", box=box.SIMPLE_HEAD)
+    for heading in ("kept", "batch", "dense", "sparse", "times", "MB dense", "MB sparse"):
         table.add_column(heading, justify="right")
     for place, first in enumerate(runs[0].comparisons):
         own = [run.comparisons[place] for run in runs]
@@ -186,5 +186,7 @@ def save(
         "MB of weights, indices and state": [[m.total / MEGABYTE for m in own] for own in held],
     }
     accuracies = [[100 * stage.accuracy for stage in group] for group in groups.values()]
-    plots.stages(list(groups), bars, {f"accuracy on {tested_on}, %": accuracies}, paths[1])
+    points = {f"accuracy on {tested_on}, %": accuracies}
+    sparse = [label for label, group in groups.items() if group[0].name == SPARSE]
+    plots.stages(list(groups), bars, points, paths[1], highlight=sparse)
     return paths
