@@ -101,7 +101,13 @@ IMPORTS = [
     ("ops/step/lists.py", ["torch.*", "{room}.*", "ppkernels._checks", BITS]),
     ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
-    ("nn/*.py", [*USES_OPS, *FOR_USERS, "ppkernels.autograd", "ppkernels._extension"]),
+    (
+        "nn/*.py",
+        [
+            *(*USES_OPS, *FOR_USERS, "ppkernels.autograd"),
+            *("ppkernels._extension", "ppkernels._shares"),
+        ],
+    ),
     ("optim/*.py", [*USES_OPS]),
     ("sparsity/plots.py", ["matplotlib.*", "{room}.*", "ppkernels._text"]),
     (

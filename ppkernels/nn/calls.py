@@ -128,7 +128,9 @@ def _unmoved(model: nn.Module) -> Iterator[None]:
 # ---- timing
 
 
-def timed(dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], training: bool) -> tuple[float, float]:
+def timed(
+    dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], training: bool
+) -> tuple[float, float]:
     """Both layers in turn under the clock, on random inputs: the sums of medians.
 
     The layers' forwards alone run, without hooks; their ``.grad`` is not touched.

@@ -7,18 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ppkernels._powered import is_masked, is_sparse, weight_parameter
+from ppkernels._powered import is_masked, weight_parameter
 from ppkernels.nn.choice import Select
 from ppkernels.nn.sharing import others_with, owners_of, readers_of
 from ppkernels.nn.sparse import Sparse
-from ppkernels.nn.sparse_conv import SparseConv2d, conv_obstacle
-from ppkernels.nn.sparse_linear import SparseLinear, linear_obstacle
-from ppkernels.ops import BitMask, Topology, topk_mask
+from ppkernels.nn.sparse_convert import sparse_obstacle, to_sparse
+from ppkernels.nn.sparse_masks import pruned_mask
+from ppkernels.ops import Topology, topk_mask
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,11 @@ class Candidate:
 
         Of ``kept`` entries, the largest; by default those that are not 0 or are trained.
         """
+        if kept is None:
+            return to_sparse(self.layer)
         layer = self.layer
-        topology = None if kept is None else Topology.of_mask(topk_mask(_theta(layer), kept))
-        if isinstance(layer, nn.Linear):
-            return SparseLinear.from_linear(layer, kept=topology)
-        return SparseConv2d.from_conv(layer, kept=topology)
+        theta = cast(Tensor, layer.theta if is_masked(layer) else layer.weight).detach()
+        return to_sparse(layer, Topology.of_mask(topk_mask(theta, kept)))
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
@@ -74,9 +73,9 @@ def candidates(model: nn.Module) -> list[Candidate]:
     readers, owners = readers_of(model), owners_of(model)
     found = []
     for name, layer in model.named_modules():
-        if not (is_sparse(layer) or isinstance(layer, (nn.Linear, _ConvNd))):
+        if not isinstance(layer, (Sparse, nn.Linear, _ConvNd)):
             continue
-        obstacle = None if is_sparse(layer) else _obstacle(layer, readers, owners)
+        obstacle = None if isinstance(layer, Sparse) else _obstacle(layer, readers, owners)
         found.append(Candidate(name, layer, *_kept(layer), obstacle))
     return found
 
@@ -120,24 +119,16 @@ def _obstacle(
             return f"its weight is shared with {other}"
         if type(weight) is not nn.Parameter:
             return f"its weight is a {type(weight).__name__}"
-    return linear_obstacle(layer) if isinstance(layer, nn.Linear) else conv_obstacle(layer)
+    return sparse_obstacle(layer)
 
 
 def _kept(layer: nn.Module) -> tuple[tuple[int, ...], int]:
     """The shape of the dense weight, and how many of its entries are not 0 or are trained."""
-    if is_sparse(layer):
+    if isinstance(layer, Sparse):
         return tuple(layer.topology.shape), layer.topology.count()
     weight = weight_parameter(layer)
     if weight is None or isinstance(layer, LazyModuleMixin):
         return (), 0
     if weight.is_meta or type(weight) is not nn.Parameter:
         return tuple(weight.shape), weight.numel()
-    theta, update_mask = _theta(layer), layer.update_mask if is_masked(layer) else None
-    if update_mask is None:
-        return tuple(weight.shape), int(theta.count_nonzero())
-    return tuple(weight.shape), (BitMask.pack(theta != 0) | update_mask).count()
-
-
-def _theta(layer: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return cast(Tensor, layer.theta if is_masked(layer) else layer.weight).detach()
+    return tuple(weight.shape), pruned_mask(layer).count()

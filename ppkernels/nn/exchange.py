@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from typing import cast
+
 from torch import Tensor, nn
 
 from ppkernels._powered import dismiss, enrol
 from ppkernels.nn.masks import Masked
+from ppkernels.nn.sparse_change import exchange_values
 
 # What layers of this package keep among their attributes, and what a layer of another kind may
 # lack; all else that stands there is the user's.
 _OWN = (
     *("_update_mask", "_mask", "plain_class", "stores"),
-    *("_topology", "_geometry", "_least", "_dense_class"),
+    *("_topology", "_geometry", "_dense_class"),
 )
 # What belongs to any module and stays: hooks, modes.
 _MODULE = frozenset(nn.Module().__dict__)
@@ -22,9 +24,9 @@ def become(layer: nn.Module, made: nn.Module) -> None:
     """Turn ``layer`` into ``made``, which was made of it and must not be used afterwards.
 
     The module stays the same object, and so do its Parameters: hooks, and the references of
-    optimizers hold. The weight takes the values of ``made``'s, whatever their shape; the ``.grad``
-    of a weight that changes its shape is dropped. All other parameters and buffers stay as they
-    are, those that only ``made`` has come along.
+    optimizers hold. The weight takes the values of ``made``'s, whatever their shape, and its
+    ``.grad`` goes. All other parameters and buffers stay as they are, those that only ``made`` has
+    come along.
     """
     for name in _OWN:
         layer.__dict__.pop(name, None)
@@ -33,7 +35,8 @@ def become(layer: nn.Module, made: nn.Module) -> None:
             layer.__dict__[name] = value
     weight = layer._parameters["weight"]
     assert weight is not None
-    set_values(weight, made._parameters["weight"].detach())  # type: ignore[union-attr]
+    weight.grad = None
+    exchange_values(weight, cast(Tensor, made.weight).detach())
     for name, buffer in made._buffers.items():
         layer._buffers.setdefault(name, buffer)
     layer.__class__ = type(made)
@@ -41,14 +44,3 @@ def become(layer: nn.Module, made: nn.Module) -> None:
         enrol(layer)
     else:
         dismiss(layer)
-
-
-def set_values(parameter: nn.Parameter, values: Tensor) -> None:
-    """Let ``parameter`` hold ``values``, of another shape maybe; its ``.grad`` goes then."""
-    if values.shape != parameter.shape:
-        parameter.grad = None
-        # PyTorch keeps the shape of the gradient that it expects as long as a graph with the
-        # parameter lives, and forgets it where the dtype changes.
-        other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
-        parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-    parameter.data = values

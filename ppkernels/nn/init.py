@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from ppkernels._powered import is_sparse
 from ppkernels.nn.powered import Powered
 
 # Standard deviation of a standard normal cut off at ±2.
@@ -22,7 +23,8 @@ def truncated_normal_(
     is scale / fan_in; θ = u, that is φ = sign(u)·|u|^(1/α).
 
     Args:
-        layer: a powered layer with a weight of at least two dimensions.
+        layer: a powered layer with a weight of at least two dimensions, or a sparse one, whose
+            fan_in is that of the dense layer.
         scale: variance times fan_in.
         generator: the source of randomness; torch's own by default.
 
@@ -37,7 +39,7 @@ def truncated_normal_(
         raise TypeError(f"truncated_normal_: {type(layer).__name__} is not a powered layer")
     if not 0 < scale < math.inf:
         raise ValueError(f"truncated_normal_: scale must be a positive number, got {scale}")
-    fan_in = layer.weight[0].numel()
+    fan_in = layer.topology.in_features if is_sparse(layer) else layer.weight[0].numel()
     std = math.sqrt(scale / max(fan_in, 1)) / _TRUNCATED_STD
     u = torch.empty_like(layer.weight, requires_grad=False)
     nn.init.trunc_normal_(u, std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -90,7 +90,7 @@ class SparsifyPlan:
 
     def __str__(self) -> str:
         headings = ["layer", "shape", "kept", "input", "dense", "sparse", "times", "choice"]
-        rows = [_cells(layer) for layer in self.layers]
+        rows = [_cells(layer, self.at_least) for layer in self.layers]
         what = "forward and backward" if self.training else "forward"
         asked = f"; {self.at_least:g} times are asked for" if self.at_least != 1 else ""
         legend = (
@@ -124,7 +124,7 @@ class SparsifyPlan:
             raise ValueError(f"SparsifyPlan.load: {path}: {error}") from None
 
 
-def _cells(layer: PlannedLayer) -> list[str]:
+def _cells(layer: PlannedLayer, at_least: float) -> list[str]:
     times = [layer.dense_ms, layer.sparse_ms]
     is_measured = None not in times
     return [
@@ -134,9 +134,15 @@ def _cells(layer: PlannedLayer) -> list[str]:
         _inputs_text(layer),
         *("-" if ms is None else f"{ms:.3f}" for ms in times),
         f"{layer.speedup:.2f}" if is_measured else "-",
-        # Of what was measured the columns speak.
-        layer.choice if is_measured else f"{layer.choice}: {layer.reason}",
+        _choice_text(layer, at_least) if is_measured else f"{layer.choice}: {layer.reason}",
     ]
+
+
+def _choice_text(layer: PlannedLayer, at_least: float) -> str:
+    """What was measured stands in columns of its own."""
+    if layer.choice == "sparse":
+        return layer.choice
+    return "dense: faster" if layer.speedup < 1 else f"dense: not {at_least:g} times slower"
 
 
 def _inputs_text(layer: PlannedLayer) -> str:

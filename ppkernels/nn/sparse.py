@@ -19,6 +19,7 @@ from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
 from ppkernels.nn.sparse_change import bound_of, change_topology, drawn, exchange_values
 from ppkernels.nn.sparse_folded import FoldedSparse
+from ppkernels.nn.sparse_masks import bits_at, dense_bits, pruned_mask
 from ppkernels.ops import BitMask, Topology
 
 SparseT = TypeVar("SparseT", bound="Sparse")
@@ -84,12 +85,10 @@ class Sparse(Masked):
         """A dense layer with masks of this one's sizes, powered if this one is."""
         raise NotImplementedError
 
-    def _take(self, dense: nn.Module) -> None:
+    def _take(self, dense: nn.Module, kept: Topology | None) -> None:
         """Become the sparse layer of ``dense``, whose sizes this one has already."""
-        theta = (dense.theta if is_masked(dense) else dense.weight).detach()  # type: ignore[operator]
-        kept = BitMask.pack(theta != 0)
         update_mask = dense.update_mask if is_masked(dense) else None
-        topology = Topology.of_mask(kept if update_mask is None else kept | update_mask)
+        topology = Topology.of_mask(pruned_mask(dense)) if kept is None else kept
         self._topology = topology
         weight = cast(nn.Parameter, dense.weight)
         self.weight = nn.Parameter(topology.gather(weight), weight.requires_grad)
@@ -263,26 +262,6 @@ class PowerSparse(Powered):
         elif self._mask is not None:
             theta = self._hide(theta)
         return self._product(input, theta)  # type: ignore[operator,no-any-return]
-
-
-# ---- masks, of the dense weight and over the values
-
-
-def bits_at(topology: Topology, mask: BitMask | None) -> BitMask | None:
-    """The bits of a dense layer's mask at the entries; None where all of them are set."""
-    if mask is None:
-        return None
-    bits = mask.unpack().view(-1)[topology.places()]
-    return None if bool(bits.all()) else BitMask.pack(bits)
-
-
-def dense_bits(topology: Topology, mask: BitMask | None) -> BitMask:
-    """The dense layer's mask that is set where ``mask`` over the values is; 0 elsewhere."""
-    if mask is None:
-        return topology.mask()
-    bits = torch.zeros(topology.numel(), dtype=torch.bool, device=topology.device)
-    bits[topology.places()] = mask.unpack()
-    return BitMask.pack(bits.view(topology.shape))
 
 
 # ---- which dense layers can be sparse

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +20,7 @@ from ppkernels.nn.choice import Select, called
 from ppkernels.nn.exchange import become
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.plan import Choice, PlannedLayer, SparsifyPlan
+from ppkernels.nn.powered import Powered
 from ppkernels.nn.sparse import Sparse
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -79,8 +79,8 @@ def sparsify(
         plan: instead of ``sample_input``: the plan of another copy of the model. Nothing is
             measured, and the same layers become sparse. One that is not pruned here, in a new model
             that is to load a checkpoint say, keeps as many entries as the plan says, the largest.
-        measure: who says how long a layer takes: called with the layer, its sparse counterpart, the
-            calls of one forward and ``training``, it gives the seconds of both. By default the clock.
+        measure: who says how long a layer takes, by default the clock: called with the layer, its
+            sparse counterpart, the calls of one forward and ``training``, it gives both in seconds.
 
     Returns:
         What was chosen for each linear and convolution layer, and why: ``print(plan)``,
@@ -113,9 +113,7 @@ def sparsify(
     optimizers = optimizers_of("sparsify", optimizer)
     found = candidates(model)
     if not found:
-        raise ValueError(
-            f"sparsify: {type(model).__name__} holds no linear or convolution layer"
-        )
+        raise ValueError(f"sparsify: {type(model).__name__} holds no linear or convolution layer")
     made: dict[str, Sparse] = {}
     if plan is not None:
         if not isinstance(plan, SparsifyPlan) or select is not None:
@@ -181,8 +179,9 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     }
     made = {name: layer.to_dense() for name, layer in layers.items()}
     for name, layer in layers.items():
-        topology, grad, dense = layer.topology, layer.weight.grad, cast(Masked, made[name])
-        if not issubclass(layer.__dict__.get("_dense_class", Masked), Masked):
+        topology, grad, dense = layer.topology, layer.weight.grad, made[name]
+        was_plain = not issubclass(layer.__dict__.get("_dense_class", Masked), Masked)
+        if was_plain and not isinstance(dense, Powered):
             dense.become_plain()
         become(layer, dense)
         layer.weight.grad = None if grad is None else topology.scatter(grad)
@@ -225,18 +224,12 @@ def _measured(
     if not calls:
         why = "not reached by the sample input" if calls is not None else "called with no tensor"
         return _row(each, "dense", why), None
-    seen = {
-        "inputs": tuple(dict.fromkeys(call.shape for call in calls)),
-        "calls": sum(call.times for call in calls),
-    }
     for call in calls:
         if call.dtype not in _IN_KERNELS:
             dtype = str(call.dtype).removeprefix("torch.")
-            row = _row(each, "dense", f"input dtype {dtype} has no kernel")
-            return replace(row, **seen), None
+            return _row(each, "dense", f"input dtype {dtype} has no kernel", calls), None
     counterpart = each.as_sparse()
     dense_ms, sparse_ms = (1e3 * t for t in measure(each.layer, counterpart, calls, training))
-    is_sparse_best = dense_ms >= at_least * sparse_ms and dense_ms > 0
     first, second = sorted((dense_ms, sparse_ms))
     reason = (
         f"{'dense' if dense_ms < sparse_ms else 'sparse'} is faster: {first:.3g} ms against "
@@ -244,21 +237,28 @@ def _measured(
     )
     if at_least != 1:
         reason += f"; {at_least:g} times are asked for"
-    row = _row(each, "sparse" if is_sparse_best else "dense", reason)
-    row = replace(row, **seen, dense_ms=dense_ms, sparse_ms=sparse_ms)
-    return row, counterpart if is_sparse_best else None
+    is_chosen = dense_ms >= at_least * sparse_ms
+    choice: Choice = "sparse" if is_chosen else "dense"
+    row = _row(each, choice, reason, calls, (dense_ms, sparse_ms))
+    return row, counterpart if is_chosen else None
 
 
-def _row(each: Candidate, choice: Choice, reason: str) -> PlannedLayer:
+def _row(
+    each: Candidate,
+    choice: Choice,
+    reason: str,
+    calls: Sequence[Call] = (),
+    times: tuple[float | None, float | None] = (None, None),
+) -> PlannedLayer:
     return PlannedLayer(
         name=each.name,
         kind=each.kind,
         shape=each.shape,
         kept=each.kept,
-        inputs=(),
-        calls=0,
-        dense_ms=None,
-        sparse_ms=None,
+        inputs=tuple(dict.fromkeys(call.shape for call in calls)),
+        calls=sum(call.times for call in calls),
+        dense_ms=times[0],
+        sparse_ms=times[1],
         choice=choice,
         reason=reason,
     )
@@ -289,14 +289,15 @@ def _replayed(
                 f"{layers[name].shape} in {type(model).__name__}"
             )
     for name, each in layers.items():
+        layer = each.layer
         if name not in planned:
             raise ValueError(
                 f"sparsify: {type(model).__name__} has a {each.kind} {name!r}, of which the plan "
                 "says nothing; it is that of another model"
             )
-        if is_sparse(each.layer) and planned[name].choice == "dense":
+        if isinstance(layer, Sparse) and planned[name].choice == "dense":
             raise ValueError(
-                f"sparsify: {called(name, each.layer)} is dense in the plan; pp.densify the model "
+                f"sparsify: {called(name, layer)} is dense in the plan; pp.densify the model "
                 "before the plan is replayed"
             )
     return {
