@@ -16,7 +16,7 @@ from ppkernels.nn.choice import Select
 from ppkernels.nn.sharing import others_with, owners_of, readers_of
 from ppkernels.nn.sparse import Sparse
 from ppkernels.nn.sparse_convert import sparse_obstacle, to_sparse
-from ppkernels.nn.sparse_masks import pruned_mask
+from ppkernels.nn.sparse_kept import pruned_mask
 from ppkernels.ops import Topology, topk_mask
 
 

@@ -35,7 +35,6 @@ def become(layer: nn.Module, made: nn.Module) -> None:
             layer.__dict__[name] = value
     weight = layer._parameters["weight"]
     assert weight is not None
-    weight.grad = None
     exchange_values(weight, cast(Tensor, made.weight).detach())
     for name, buffer in made._buffers.items():
         layer._buffers.setdefault(name, buffer)

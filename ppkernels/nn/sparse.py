@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from ppkernels import _powered
-from ppkernels._powered import is_masked, is_powered, weight_parameter
-from ppkernels._shares import check_share, entries_of
+from ppkernels._powered import is_masked, is_powered
 from ppkernels.autograd import Power
 from ppkernels.nn.checkpoint import INDICES, MASKS, taken_topology
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
 from ppkernels.nn.sparse_change import bound_of, change_topology, drawn, exchange_values
 from ppkernels.nn.sparse_folded import FoldedSparse
-from ppkernels.nn.sparse_masks import bits_at, dense_bits, pruned_mask
+from ppkernels.nn.sparse_kept import bits_at, dense_bits, pruned_mask
 from ppkernels.ops import BitMask, Topology
 
 SparseT = TypeVar("SparseT", bound="Sparse")
-# A share of the entries at random, or which.
-Kept = float | Topology | BitMask
 
 
 class Sparse(Masked):
     """Makes a layer with masks a sparse one: ``class SparseLinear(Sparse)``.
 
     Attributes:
-        weight: the trained parameter: the kept values alone, [E], in row-major order of the places
-            that ``topology`` says. Whoever reads a layer's weight as a matrix wants `dense`.
-        topology: a `pp.Topology`: where the values stand in the weight of the dense layer. It is no
-            buffer, and changes through `change_topology` and by loading a checkpoint alone.
+        weight: the trained parameter: the kept values alone, [E], in row-major order of their
+            places. It has one dimension, so what is told apart by that, as biases and norms from
+            weights when groups of an optimizer are made, has to ask for the layer.
+        topology: a `pp.Topology`: where the values stand in the weight of the dense layer. It
+            changes by `change_topology` and by loading a checkpoint alone, and is no buffer:
+            copies, pickles and checkpoints have it, but DistributedDataParallel sends only the
+            values from process to process. Its layers must start with the same topology: from one
+            seed, one checkpoint, or one plan of `pp.sparsify`. So must those that are averaged.
         update_mask, mask: as in `Masked`, of the shape [E].
+
+    Checkpoints: the state_dict holds what that of `Masked` or `Powered` does, with ``weight`` [E],
+    and the ``offsets`` and ``columns`` of the topology. Loading takes over the topology: the weight
+    stays the same Parameter with another number of values, its ``.grad`` becomes None, and
+    optimizer state is left as it is (load the optimizer's own afterwards). Indices that are none
+    are an error, and the layer stays as it was. A checkpoint of the dense layer, its masks
+    included, is taken where it is 0 wherever this layer has no entry; else it is an error, as that
+    of a sparse layer is for a dense one: which entries to keep is asked when a layer becomes
+    sparse. ``strict=False`` takes values without indices as those of the layer's own topology.
+
+    In a torch.compile'd model the first backward pass that asks for the input's gradient makes
+    indices that the topology then keeps, so the second call compiles once more; a step before, or
+    ``layer.topology.transposed()``, saves that. A program of torch.export has the topology as
+    constants; `pp.fold` makes layers that have it as buffers.
     """
 
     _topology: Topology
@@ -161,12 +174,8 @@ class Sparse(Masked):
         """
         return change_topology(self, drop, grow, values, optimizer)
 
-    def _move(self, topology: Topology, weight: Tensor, masks: dict[str, BitMask]) -> None:
-        """Stand on another topology, with these values and masks; the same Parameter."""
-        parameter = self._own_weight(type(self).__name__)
-        if parameter.data is not weight:
-            exchange_values(parameter, weight)
-        parameter.grad = None
+    def _move(self, topology: Topology, masks: dict[str, BitMask]) -> None:
+        """Stand on another topology, for which the weight has its values already."""
         self._topology = topology
         for name in MASKS:
             setattr(self, f"_{name}", masks.get(name))
@@ -200,20 +209,22 @@ class Sparse(Masked):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        tells = any(prefix + name in state_dict for name in INDICES)
+        has_indices = any(prefix + name in state_dict for name in INDICES)
+        has_masks = any(prefix + name in state_dict for name in MASKS)
         try:
             topology = taken_topology(state_dict, prefix, self._topology)
             if topology is not None and topology is not self._topology:
-                size = topology.count()
-                self._move(topology, self.weight.new_empty(size, requires_grad=False), {})
+                weight = self._own_weight("load_state_dict")
+                exchange_values(weight, weight.detach().new_empty(topology.count()))
+                self._move(topology, {})
         except (TypeError, ValueError, RuntimeError) as error:
             # Nothing of this layer is loaded.
             error_msgs.append(f'"{prefix}weight": {error}')
             return
         if topology is None:
             missing_keys.extend(prefix + name for name in INDICES)
-        if tells:
-            # It comes from a layer that could have masks: those that it lacks are None.
+        if has_indices and not has_masks:
+            # It comes from a layer that could have masks, and has none.
             self._update_mask = self._mask = None
         super()._load_from_state_dict(
             state_dict,
@@ -264,63 +275,8 @@ class PowerSparse(Powered):
         return self._product(input, theta)  # type: ignore[operator,no-any-return]
 
 
-# ---- which dense layers can be sparse
-
-
-def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | None:
-    """Why ``layer``, wanted to be of one of these classes, cannot be sparse; None if it can.
-
-    The first of ``classes`` is the plain one.
-    """
-    if not isinstance(layer, nn.Module):
-        return "it is no module"
-    if is_parametrized(layer):
-        return "torch.nn.utils has parametrized it"
-    plain_class = layer.plain_class if isinstance(layer, Masked) else type(layer)
-    if type(layer) not in classes or plain_class is not classes[0]:
-        names = ", ".join(each.__name__ for each in classes)
-        return f"only layers of the classes {names} can be, and no subclasses"
-    weight = weight_parameter(layer)
-    if weight is None:
-        return "its weight is no Parameter of its own (torch.nn.utils has normalised or pruned it)"
-    if weight.is_meta:
-        return "its weight is on the meta device, where tensors have no values"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"its weight is {weight.dtype}, and the kernels have float32 and bfloat16"
-    return None
-
-
-def check_no_obstacle(op: str, layer: nn.Module, reason: str | None) -> None:
-    """There is no ``reason`` why ``layer`` cannot be sparse."""
-    if reason is not None:
-        raise TypeError(f"{op}: the {type(layer).__name__} given cannot be sparse: {reason}")
-
-
 def without_weight(sparse_class: type[SparseT]) -> SparseT:
     """A layer under construction, with no attributes of its own yet."""
     layer = sparse_class.__new__(sparse_class)
     nn.Module.__init__(layer)
     return cast(SparseT, layer)
-
-
-def topology_of(op: str, kept: Kept, shape: tuple[int, ...]) -> Topology:
-    """The topology of ``shape`` that a constructor's ``kept`` asks for, on the CPU if at random."""
-    if isinstance(kept, (Topology, BitMask)):
-        if kept.shape != shape:
-            raise ValueError(
-                f"{op}: kept must have the shape of the weight, {shape}, got {tuple(kept.shape)}"
-            )
-        return kept if isinstance(kept, Topology) else Topology.of_mask(kept)
-    if isinstance(kept, Tensor):
-        raise TypeError(
-            f"{op}: kept must be a share, a pp.Topology or a pp.BitMask, got a tensor; "
-            "pp.BitMask.pack(tensor) makes a mask of a bool one"
-        )
-    if check_share(op, "kept", kept) == 0:
-        raise ValueError(f"{op}: kept must be a share above 0 and up to 1, got {kept}")
-    numel = math.prod(shape)
-    # The device is named because a `with torch.device("meta")` would lose the indices.
-    places = torch.randperm(numel, device="cpu")[: entries_of(kept, numel, op, "kept")]
-    bits = torch.zeros(numel, dtype=torch.bool, device="cpu")
-    bits[places] = True
-    return Topology.of_mask(BitMask.pack(bits.view(shape)))

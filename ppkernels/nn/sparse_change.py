@@ -50,8 +50,9 @@ def change_topology(
     new_weight = moved.values(weight.detach(), grown)
     state = {} if optimizer is None else _moved_state(optimizer, weight, moved, grown)
     masks = [_moved_masks(each, moved) for each in layers]
+    exchange_values(weight, new_weight)
     for each, own in zip(layers, masks, strict=True):
-        each._move(topology, new_weight, own)
+        each._move(topology, own)
     if optimizer is not None:
         optimizer.state[weight].update(state)
     return origin
@@ -70,13 +71,14 @@ def bound_of(topology: Topology) -> float:
 
 
 def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give ``parameter`` other values, of any number; it stays the same object."""
+    """Give ``parameter`` other values, of any number, and no gradient; it stays the same object."""
     former = parameter.shape
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     # While a graph lives, autograd keeps what adds up the gradient, and expects one of the size
     # from then; another dtype makes it forget.
     parameter.data = values.new_empty(0, dtype=other)
     parameter.data = values
+    parameter.grad = None
     # What the assignment does not do. So the backward pass of an older graph, whose indices are
     # others, is an error.
     torch.autograd.graph.increment_version(parameter)

@@ -10,16 +10,9 @@ from torch import Tensor, nn
 from ppkernels import autograd
 from ppkernels._powered import Stores, is_powered
 from ppkernels.nn.conv import MaskedConv2d, PowerConv2d
-from ppkernels.nn.sparse import (
-    Kept,
-    PowerSparse,
-    Sparse,
-    check_no_obstacle,
-    obstacle,
-    topology_of,
-    without_weight,
-)
+from ppkernels.nn.sparse import PowerSparse, Sparse, without_weight
 from ppkernels.nn.sparse_folded import FoldedSparse
+from ppkernels.nn.sparse_kept import Kept, check_no_obstacle, obstacle, topology_of
 from ppkernels.ops import Geometry, Topology, sparse_conv2d
 
 Pair = int | tuple[int, int]

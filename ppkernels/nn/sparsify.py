@@ -17,17 +17,17 @@ from ppkernels._powered import is_sparse
 from ppkernels.nn.calls import Call, Measure, calls_of, timed
 from ppkernels.nn.candidates import Candidate, candidates, selected
 from ppkernels.nn.choice import Select, called
+from ppkernels.nn.convert import add_masks
 from ppkernels.nn.exchange import become
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.plan import Choice, PlannedLayer, SparsifyPlan
 from ppkernels.nn.powered import Powered
+from ppkernels.nn.replay import replayed, without_masks
 from ppkernels.nn.sparse import Sparse
+from ppkernels.nn.sparse_kept import KERNEL_DTYPES
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer]
-
-# What the CPU kernels take; all else runs by the reference, which is there to be right.
-_IN_KERNELS = (torch.float32, torch.bfloat16)
 
 
 def sparsify(
@@ -77,8 +77,9 @@ def sparsify(
             and master weights of what is kept are kept. One that has taken a step and is not given
             here has a state of another shape than the weights, and its next step is an error.
         plan: instead of ``sample_input``: the plan of another copy of the model. Nothing is
-            measured, and the same layers become sparse. One that is not pruned here, in a new model
-            that is to load a checkpoint say, keeps as many entries as the plan says, the largest.
+            measured, and the same layers become sparse; plain ones get masks where they had some.
+            So a new model can load a checkpoint. A layer that is not pruned here keeps as many
+            entries as the plan says, the largest. Layers that were powered have to be so before.
         measure: who says how long a layer takes, by default the clock: called with the layer, its
             sparse counterpart, the calls of one forward and ``training``, it gives both in seconds.
 
@@ -115,13 +116,15 @@ def sparsify(
     if not found:
         raise ValueError(f"sparsify: {type(model).__name__} holds no linear or convolution layer")
     made: dict[str, Sparse] = {}
+    plain: list[str] = []
     if plan is not None:
         if not isinstance(plan, SparsifyPlan) or select is not None:
             raise TypeError(
                 "sparsify: plan must be a pp.SparsifyPlan, without a select beside it, got "
                 f"{type(plan).__name__} and select={select!r}"
             )
-        made = _replayed(model, found, plan)
+        made = replayed(model, found, plan)
+        plain = without_masks(found, plan)
     else:
         least = check_number("sparsify", "at_least", at_least)
         if not least >= 0:
@@ -139,7 +142,7 @@ def sparsify(
                 made[each.name] = sparse
             rows.append(row)
         plan = SparsifyPlan(tuple(rows), training, least, torch.get_num_threads(), cpu_capability())
-    _become_sparse(model, made, optimizers)
+    _become_sparse(model, made, plain, optimizers)
     return plan
 
 
@@ -225,7 +228,7 @@ def _measured(
         why = "not reached by the sample input" if calls is not None else "called with no tensor"
         return _row(each, "dense", why), None
     for call in calls:
-        if call.dtype not in _IN_KERNELS:
+        if call.dtype not in KERNEL_DTYPES:
             dtype = str(call.dtype).removeprefix("torch.")
             return _row(each, "dense", f"input dtype {dtype} has no kernel", calls), None
     counterpart = each.as_sparse()
@@ -264,72 +267,27 @@ def _row(
     )
 
 
-# ---- a plan from elsewhere
-
-
-def _replayed(
-    model: nn.Module, found: Sequence[Candidate], plan: SparsifyPlan
-) -> dict[str, Sparse]:
-    """The sparse counterparts of the layers that ``plan`` has as sparse, by name.
-
-    Raises:
-        ValueError: the plan is that of another model.
-    """
-    layers = {each.name: each for each in found}
-    planned = {row.name: row for row in plan.layers}
-    for name, row in planned.items():
-        if name not in layers:
-            raise ValueError(
-                f"sparsify: the plan has a {row.kind} {name!r}, and {type(model).__name__} has no "
-                "linear or convolution layer of that name"
-            )
-        if row.shape and layers[name].shape and row.shape != layers[name].shape:
-            raise ValueError(
-                f"sparsify: the weight of {name!r} has shape {row.shape} in the plan, and "
-                f"{layers[name].shape} in {type(model).__name__}"
-            )
-    for name, each in layers.items():
-        layer = each.layer
-        if name not in planned:
-            raise ValueError(
-                f"sparsify: {type(model).__name__} has a {each.kind} {name!r}, of which the plan "
-                "says nothing; it is that of another model"
-            )
-        if isinstance(layer, Sparse) and planned[name].choice == "dense":
-            raise ValueError(
-                f"sparsify: {called(name, layer)} is dense in the plan; pp.densify the model "
-                "before the plan is replayed"
-            )
-    return {
-        name: _planned(each, planned[name].kept)
-        for name, each in layers.items()
-        if planned[name].choice == "sparse" and not is_sparse(each.layer)
-    }
-
-
-def _planned(each: Candidate, kept: int) -> Sparse:
-    """The sparse counterpart of a layer, with its own entries if it is pruned."""
-    if each.obstacle is not None:
-        raise ValueError(
-            f"sparsify: {called(each.name, each.layer)} is sparse in the plan and cannot be here: "
-            f"{each.obstacle}"
-        )
-    return each.as_sparse(None if each.unpruned() is None else kept)
-
-
 # ---- the change itself
 
 
 def _become_sparse(
-    model: nn.Module, made: Mapping[str, Sparse], optimizers: Sequence[Optimizer]
+    model: nn.Module,
+    made: Mapping[str, Sparse],
+    plain: Sequence[str],
+    optimizers: Sequence[Optimizer],
 ) -> None:
-    """Give the layers their sparse counterparts' insides, and the optimizers' states with them."""
+    """Give the layers their sparse counterparts' insides, and the optimizers' states with them.
+
+    Those of ``plain`` get masks.
+    """
     layers = {name: model.get_submodule(name) for name in made}
     weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
     states = {
         name: state_tensors("sparsify", optimizers, name, weight)
         for name, weight in weights.items()
     }
+    if plain:
+        add_masks(model, select=plain)
     for name, layer in layers.items():
         weight, topology = weights[name], made[name].topology
         grad, dense_class = weight.grad, type(layer)
