@@ -8,8 +8,8 @@ Longer than 350 lines: it is read from top to bottom, in the order of the work.
     python examples/cifar10.py --model resnet18 --epochs 30       # for a GPU
 
 The file reads in the order of the work: options, networks, training, pruning, measuring, main.
-Beside it, images.py finds the data and makes batches, networks.py prunes, findings.py prints the
-tables and plots.py draws.
+Beside it, images.py finds the data and makes batches, networks.py prunes and evens out the rates,
+findings.py prints the tables and plots.py draws.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import findings
 import images
@@ -31,7 +30,7 @@ import report
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import accuracy, powered_layers, prune, thetas
+from networks import accuracy, evened, prune, thetas
 from options import above_zero, add_common, at_least, begin, check_once, share
 from rich.console import Console
 from rich.progress import Progress
@@ -242,24 +241,6 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
     return pp.optim.PowerSGD(
         evened(model, options.lr), options.lr, momentum=options.momentum, rule=options.rule
     )
-
-
-def evened(model: nn.Module, rate: float) -> list[dict[str, Any]]:
-    """Parameter groups in which α does not decide how fast the layers begin to learn.
-
-    A step of φ by −rate·g·dθ/dφ moves θ by −rate·g·(dθ/dφ)² to first order. With torch's initial
-    weights at α = 1.5 that is 2 to 8 times less than the plain step, the less the more inputs a
-    layer has. So the rate of each powered weight is divided by the mean of (dθ/dφ)² =
-    (α·|θ|^((α−1)/α))², which is 1 at α = 1. All others, biases and norms, have the rate itself.
-    """
-    groups = []
-    for layer in powered_layers(model).values():
-        alpha, theta = float(layer.alpha), layer.theta.detach()
-        slowness = (alpha * theta.abs() ** ((alpha - 1) / alpha)).square().mean().item()
-        groups.append({"params": [layer.weight], "lr": rate / slowness})
-    weights = {group["params"][0] for group in groups}
-    others = [parameter for parameter in model.parameters() if parameter not in weights]
-    return [*groups, {"params": others, "lr": rate}]
 
 
 def make_controller(

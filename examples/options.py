@@ -45,7 +45,9 @@ def share(text: str) -> float:
     return value
 
 
-def add_common(parser: argparse.ArgumentParser, holds: str, out: Path, quick: str) -> None:
+def add_common(
+    parser: argparse.ArgumentParser, holds: str, out: Path, quick: str, threads: int = 1
+) -> None:
     """The options that every example has.
 
     Args:
@@ -53,6 +55,9 @@ def add_common(parser: argparse.ArgumentParser, holds: str, out: Path, quick: st
         holds: what a data folder holds, for the help.
         out: the folder for results where none is named.
         quick: what --quick does without, for the help.
+        threads: how many where none are named. One by default: batches of small networks gain
+            little from a second thread, and lose a factor of 20 to waiting threads while another
+            program keeps the processor busy.
     """
     add = parser.add_argument
     add("--seeds", type=at_least(0), nargs="+", default=[0], help="several give mean ± std")
@@ -63,8 +68,8 @@ def add_common(parser: argparse.ArgumentParser, holds: str, out: Path, quick: st
     add(
         "--threads",
         type=at_least(1),
-        default=1,
-        help="default: 1; another number rounds otherwise",
+        default=threads,
+        help=f"default: {threads}; another number rounds otherwise",
     )
 
 
@@ -77,8 +82,6 @@ def check_once(parser: argparse.ArgumentParser, **lists: list[Number]) -> None:
 
 def begin(program: str, options: argparse.Namespace, load: Callable[[], DataT]) -> DataT:
     """Set the threads, make the folder for results, load the data; a sentence where that fails."""
-    # One by default: batches this small gain little from a second thread, and lose a factor of 20
-    # to waiting threads while another program keeps the processor busy.
     torch.set_num_threads(options.threads)
     try:
         options.out.mkdir(parents=True, exist_ok=True)

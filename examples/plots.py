@@ -190,6 +190,45 @@ def over_epochs(
     save(figure, path)
 
 
+def stages(
+    names: Sequence[str],
+    bars: Mapping[str, Sequence[Sequence[float]]],
+    points: Mapping[str, Sequence[Sequence[float]]],
+    path: Path,
+    highlight: Collection[str] = (),
+) -> None:
+    """What a network is at each stage of its way, a row for each, to the file ``path``.
+
+    Args:
+        names: of the stages, from the first to the last.
+        bars: panels of bars that begin at 0: by heading, for each stage the numbers of a mean and a
+            standard deviation; a stage without numbers has no bar.
+        points: panels of points likewise, for numbers far from 0.
+        path: where the PNG goes.
+        highlight: the stages that stand out in red.
+    """
+    panels = {**bars, **points}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2 + 4 * len(panels), 1 + 0.4 * len(names)), sharey=True
+    )
+    for axis, (heading, panel) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        shown = {row: np.array(values) for row, values in enumerate(panel) if len(values)}
+        for row, values in shown.items():
+            shade = "tab:red" if names[row] in highlight else "0.6"
+            error = values.std(ddof=1) if len(values) > 1 else None
+            if heading in bars:
+                drawn = axis.barh(row, values.mean(), xerr=error, color=shade)
+                axis.bar_label(drawn, fmt="%.3g", padding=4)
+            else:
+                axis.errorbar(values.mean(), row, xerr=error, fmt="o", color=shade)
+        axis.margins(x=0.15)
+        axis.set_xlabel(heading)
+        axis.grid(axis="x", alpha=0.3)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    save(figure, path)
+
+
 def colours(labels: Iterable[str], highlight: Collection[str] = ()) -> dict[str, np.ndarray]:
     """Dark to light along the labels, which have an order; red ones for ``highlight``."""
     ordinary = [label for label in labels if label not in highlight]
