@@ -15,7 +15,7 @@ from weakref import ref
 from torch import Tensor, nn
 
 from ppkernels._checks import is_captured
-from ppkernels.ops import BitMask
+from ppkernels.ops import BitMask, Topology
 
 Stores = Literal["theta", "phi"]
 Keep = Literal["theta", "phi"]
@@ -52,6 +52,19 @@ class PoweredLayer(MaskedLayer, Protocol):
 
     def set_alpha(self, alpha: float | Tensor, *, keep: Keep) -> None:
         """Change the exponent, with φ or θ kept."""
+
+
+class SparseLayer(MaskedLayer, Protocol):
+    """A layer that stores kept values alone: ``weight``, its masks and θ have the shape [E]."""
+
+    bias: Tensor | None
+
+    @property
+    def topology(self) -> Topology:
+        """Where the values stand in the weight of the dense layer, which has its shape."""
+
+    def dense(self) -> Tensor:
+        """θ as the dense layer's weight."""
 
 
 class StepsTheta(Protocol):
@@ -125,6 +138,11 @@ def is_powered(module: object) -> TypeGuard[PoweredLayer]:
     """Whether ``module`` is a powered layer."""
     # What a plain layer with masks lacks. The class is asked, for it changes with the layer.
     return id(module) in _layers and hasattr(type(module), "set_alpha")
+
+
+def is_sparse(module: object) -> TypeGuard[SparseLayer]:
+    """Whether ``module`` is a layer that stores kept values alone, powered or plain."""
+    return id(module) in _layers and hasattr(type(module), "change_topology")
 
 
 def masked_layers(module: nn.Module) -> dict[str, MaskedLayer]:

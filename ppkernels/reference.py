@@ -22,6 +22,7 @@ from ppkernels.ops.sparse_conv.reference import (
 from ppkernels.ops.spmm.reference import spmm, spmm_grad_input, spmm_grad_values
 from ppkernels.ops.statistics.reference import statistics
 from ppkernels.ops.topology.reference import (
+    change_topology,
     gather_kept,
     scatter_kept,
     topology_of_mask,
@@ -30,6 +31,7 @@ from ppkernels.ops.topology.reference import (
 
 __all__ = [
     "apply_mask",
+    "change_topology",
     "count_bits",
     "gather_kept",
     "inverse_power",

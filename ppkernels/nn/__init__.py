@@ -18,6 +18,9 @@ from ppkernels.nn.convert import add_masks, fold, powerize
 from ppkernels.nn.linear import MaskedLinear, PowerLinear
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered, set_alpha
+from ppkernels.nn.sparse import Sparse
+from ppkernels.nn.sparse_conv import PowerSparseConv2d, SparseConv2d
+from ppkernels.nn.sparse_linear import PowerSparseLinear, SparseLinear
 
 __all__ = [
     "Masked",
@@ -29,7 +32,12 @@ __all__ = [
     "PowerConv2d",
     "PowerConv3d",
     "PowerLinear",
+    "PowerSparseConv2d",
+    "PowerSparseLinear",
     "Powered",
+    "Sparse",
+    "SparseConv2d",
+    "SparseLinear",
     "add_masks",
     "fold",
     "init",

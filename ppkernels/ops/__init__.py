@@ -15,6 +15,7 @@ from ppkernels.ops.power_linear import (
 )
 from ppkernels.ops.select import topk_mask
 from ppkernels.ops.sparse_conv import (
+    Geometry,
     sparse_conv2d,
     sparse_conv2d_grad_input,
     sparse_conv2d_grad_values,
@@ -26,6 +27,7 @@ from ppkernels.ops.topology import Topology
 
 __all__ = [
     "BitMask",
+    "Geometry",
     "Statistics",
     "Topology",
     "adam_step_",

@@ -1,6 +1,7 @@
 """The convolution by a sparse weight: its three products."""
 
 from ppkernels.ops.sparse_conv.op import (
+    Geometry,
     SparseConv2d,
     sparse_conv2d,
     sparse_conv2d_grad_input,
@@ -8,6 +9,7 @@ from ppkernels.ops.sparse_conv.op import (
 )
 
 __all__ = [
+    "Geometry",
     "SparseConv2d",
     "sparse_conv2d",
     "sparse_conv2d_grad_input",

@@ -36,6 +36,18 @@ class Geometry(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    @classmethod
+    def of(
+        cls, op: str, kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1
+    ) -> Geometry:
+        """From arguments that are checked here, each a number or a pair of them."""
+        return cls(
+            _pair(op, "kernel_size", kernel_size, 1),
+            _pair(op, "stride", stride, 1),
+            _pair(op, "padding", padding, 0),
+            _pair(op, "dilation", dilation, 1),
+        )
+
     def output_size(self, size: Sequence[int]) -> list[int]:
         """(Y', X') of the output for (Y, X) of the input."""
         return [
@@ -176,12 +188,7 @@ def _checked(op: str, topology: Topology, stride: Pair, padding: Pair, dilation:
             f"{op}: the topology must have shape [N, C, H, W], got {tuple(topology.shape)}"
         )
     height, width = topology.shape[2:]
-    return Geometry(
-        (height, width),
-        _pair(op, "stride", stride, 1),
-        _pair(op, "padding", padding, 0),
-        _pair(op, "dilation", dilation, 1),
-    )
+    return Geometry.of(op, (height, width), stride, padding, dilation)
 
 
 def _pair(op: str, name: str, value: Pair, at_least: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Which entries of a sparse weight are kept: `Topology`, and the ops on its indices."""
 
 from ppkernels.ops.topology.op import (
+    change_topology,
     gather_kept,
     scatter_kept,
     topology_of_mask,
@@ -11,6 +12,7 @@ from ppkernels.ops.topology.topology import Topology, Transposed
 __all__ = [
     "Topology",
     "Transposed",
+    "change_topology",
     "gather_kept",
     "scatter_kept",
     "topology_of_mask",

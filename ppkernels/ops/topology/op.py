@@ -77,6 +77,30 @@ def scatter_kept(values: Tensor, offsets: Tensor, columns: Tensor, in_features: 
     return torch.ops.ppkernels.scatter_kept(*args)
 
 
+def change_topology(
+    offsets: Tensor, columns: Tensor, in_features: int, drop: Tensor, grow: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A topology without some entries and with others: a merge of ascending lists, never dense.
+
+    Args:
+        offsets, columns: a topology's, [N + 1] and [E].
+        in_features: K.
+        drop: positions of entries, int64 [D], each larger than the one before.
+        grow: places in the flattened weight, int64 [G], each larger than the one before.
+
+    Returns:
+        The new ``offsets`` and ``columns`` [E'], E' = E − D + G; ``origin`` int64 [E'], where each
+        entry was among the old ones, −1 for those of ``grow``; and ``refused``, 0-dim int64: the
+        first place of ``grow`` that is kept already, by an entry that is not dropped, −1 if there
+        is none. With such a place the others mean nothing.
+    """
+    args = (offsets, columns, in_features, drop, grow)
+    if _backend.uses_reference():
+        return reference.change_topology(*args)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.ppkernels.change_topology(*args)
+    return found
+
+
 # ---- schemas, shapes, and the kernels of every device but the CPU
 
 _SCHEMAS = {
@@ -88,6 +112,10 @@ _SCHEMAS = {
     "gather_kept": "(Tensor weight, Tensor offsets, Tensor columns) -> Tensor",
     "scatter_kept": (
         "(Tensor values, Tensor offsets, Tensor columns, SymInt in_features) -> Tensor"
+    ),
+    "change_topology": (
+        "(Tensor offsets, Tensor columns, SymInt in_features, Tensor drop, Tensor grow)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -110,6 +138,18 @@ def _transpose_topology(
     )
 
 
+def _change_topology(
+    offsets: Tensor, columns: Tensor, in_features: int, drop: Tensor, grow: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    entries = columns.numel() - drop.numel() + grow.numel()
+    return (
+        torch.empty_like(offsets),
+        columns.new_empty(entries),
+        grow.new_empty(entries),
+        grow.new_empty(()),
+    )
+
+
 _SHAPES: dict[str, Callable[..., Any]] = {
     "topology_of_mask": _topology_of_mask,
     "transpose_topology": _transpose_topology,
@@ -117,6 +157,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "scatter_kept": lambda values, offsets, columns, in_features: values.new_empty(
         (offsets.numel() - 1, in_features)
     ),
+    "change_topology": _change_topology,
 }
 
 for _name, _schema in _SCHEMAS.items():

@@ -46,3 +46,24 @@ def gather_kept(weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
 def scatter_kept(values: Tensor, offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
     """The weight [N, K] that has ``values`` at the entries and 0 elsewhere."""
     return dense_of(values, offsets, columns, in_features)
+
+
+def change_topology(
+    offsets: Tensor, columns: Tensor, in_features: int, drop: Tensor, grow: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Offsets and columns without the entries ``drop`` and with entries at the places ``grow``.
+
+    ``drop`` are positions of entries, ``grow`` places in the flattened weight; both are int64 and
+    ascend. Then where each entry was, int64 [E'], or −1 for those of ``grow``; and the first place
+    at which two entries would stand, 0-dim, or −1.
+    """
+    is_left = torch.ones(columns.numel(), dtype=torch.bool, device=columns.device)
+    left = is_left.index_fill(0, drop, False).nonzero().squeeze(1)  # [E − D]
+    places = torch.cat([places_of(offsets, columns, in_features)[left], grow])
+    places, order = torch.sort(places, stable=True)
+    origin = torch.cat([left, torch.full_like(grow, -1)])[order]
+    counts = torch.bincount(places // max(in_features, 1), minlength=offsets.numel() - 1)
+    ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    twice = places[1:][places.diff() == 0]
+    refused = torch.cat([twice, twice.new_full((1,), -1)])[0]
+    return ends, (places % max(in_features, 1)).to(columns.dtype), origin, refused

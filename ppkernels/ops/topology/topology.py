@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppkernels._checks import check_floating, check_tensor
+from ppkernels._checks import check_floating, check_has_values, check_tensor
 from ppkernels.ops._entries import index_dtype, places_of
 from ppkernels.ops.bitmask import BitMask
 from ppkernels.ops.topology.op import (
+    change_topology,
     gather_kept,
     scatter_kept,
     topology_of_mask,
@@ -126,6 +127,78 @@ class Topology:
             found = transpose_topology(self._offsets, self._columns, self.in_features, taps)
             self._transposed = Transposed(*found)
         return self._transposed
+
+    # ---- another one, with some entries less and some more
+
+    def changed(self, drop: Tensor, grow: Tensor) -> tuple[Topology, Tensor]:
+        """The topology without the entries ``drop`` and with new ones at the places ``grow``.
+
+        In work and memory proportional to the entries, never dense. This topology does not change.
+
+        Args:
+            drop: positions of entries, int64 [D] in any order, or a bool for each entry, [E].
+            grow: places in the flattened weight, n·K + k for row n and column k, int64 [G] in any
+                order: such as are not kept, or are dropped in this call.
+
+        Returns:
+            The new topology, of E' = E − D + G entries, and ``origin``, int64 [E']: where each of
+            its entries stands among those of this one, −1 for the grown ones. These ascend by
+            place: what belongs to grow[g] stands where ``grow.argsort()`` has g.
+
+        Raises:
+            TypeError: tensors of another dtype.
+            ValueError: positions or places outside or twice, places that are kept already, tensors
+                of another shape or device.
+
+        Example::
+
+            new, origin = topology.changed(drop, grow)
+            momentum = momentum[origin].masked_fill(origin < 0, 0)
+        """
+        drop = self._checked_drop(drop)
+        grow = self._checked_list("grow", "places", grow, self.numel())
+        args = (self._offsets, self._columns, self.in_features, drop, grow)
+        *indices, origin, refused = change_topology(*args)
+        if not refused.is_meta and (place := int(refused)) >= 0:
+            raise ValueError(f"Topology.changed: grow has place {place}, which is kept already")
+        return _made(indices[0], indices[1], self._shape), origin
+
+    def _checked_drop(self, drop: Tensor) -> Tensor:
+        """The positions of the entries to drop, ascending."""
+        if not (isinstance(drop, Tensor) and drop.dtype == torch.bool):
+            return self._checked_list("drop", "positions of entries", drop, self.count())
+        check_has_values("Topology.changed", "drop", drop)
+        if drop.shape != self._columns.shape or drop.device != self.device:
+            raise ValueError(
+                f"Topology.changed: drop as bools must have shape ({self.count()},), one for each "
+                f"entry, on {self.device}, got {tuple(drop.shape)} on {drop.device}"
+            )
+        return drop.nonzero().squeeze(1)
+
+    def _checked_list(self, name: str, what: str, numbers: Tensor, limit: int) -> Tensor:
+        """``numbers`` in ascending order: each in 0 ... limit − 1, and none twice."""
+        check_tensor("Topology.changed", name, numbers, torch.int64)
+        if numbers.dim() != 1 or numbers.device != self.device:
+            raise ValueError(
+                f"Topology.changed: {name} must have one dimension and be on {self.device}, got "
+                f"{tuple(numbers.shape)} on {numbers.device}"
+            )
+        if numbers.is_meta or numbers.numel() == 0:
+            return numbers
+        steps = numbers.diff()
+        if not (steps > 0).all():
+            numbers = numbers.sort().values
+            steps = numbers.diff()
+        first, last = int(numbers[0]), int(numbers[-1])
+        if first < 0 or last >= limit:
+            raise ValueError(
+                f"Topology.changed: {name} must be {what} >= 0 and < {limit}, got "
+                f"{first if first < 0 else last}"
+            )
+        twice = numbers[1:][steps == 0]
+        if twice.numel() > 0:
+            raise ValueError(f"Topology.changed: {name} has {int(twice[0])} twice")
+        return numbers
 
     # ---- what it is
 

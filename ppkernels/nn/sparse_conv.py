@@ -1,0 +1,251 @@
+"""The sparse convolutions: plain and powered."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ppkernels import autograd
+from ppkernels._powered import Stores, is_powered
+from ppkernels.nn.conv import MaskedConv2d, PowerConv2d
+from ppkernels.nn.sparse import (
+    Kept,
+    PowerSparse,
+    Sparse,
+    check_no_obstacle,
+    obstacle,
+    topology_of,
+    without_weight,
+)
+from ppkernels.ops import Geometry, sparse_conv2d
+
+Pair = int | tuple[int, int]
+
+
+class SparseConv2d(Sparse):
+    """`torch.nn.Conv2d` of a weight that is mostly 0: only what is kept is stored and multiplied.
+
+    y = x ∗ θ + b, where θ [N, C, H, W] has ``weight`` [E] at the entries of ``topology`` and 0
+    elsewhere; otherwise as `SparseLinear`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, bias, device, dtype: as in
+            torch.nn.Conv2d. There are no groups, and what is around an image is 0.
+        padding: as in torch.nn.Conv2d; ``"same"`` for kernels that take as much on both sides.
+        kept: as in `SparseLinear`, of shape [N, C, H, W].
+
+    Raises:
+        TypeError, ValueError: ``kept`` of another kind or shape, sizes that are none.
+
+    Example::
+
+        layer = pp.nn.SparseConv2d(64, 64, 3, padding=1, kept=0.1)
+        y = layer(torch.randn(8, 64, 14, 14))
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: str | Pair = 0,
+        dilation: Pair = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        kept: Kept,
+    ) -> None:
+        super().__init__()
+        self._set_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation)
+        shape = (out_channels, in_channels, *self.kernel_size)
+        topology = topology_of(type(self).__name__, kept, shape)
+        self._begin(topology, bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def _set_geometry(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: str | Pair,
+        dilation: Pair,
+    ) -> None:
+        op, around = type(self).__name__, padding
+        if isinstance(around, str):
+            kernel = Geometry.of(op, kernel_size).kernel_size
+            around = padding_around(op, around, kernel, stride, dilation)
+        self._geometry = Geometry.of(op, kernel_size, stride, around, dilation)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, around, self.dilation = self._geometry
+        self.padding = padding if isinstance(padding, str) else around
+        # What an image has to have at least, so that there is any output.
+        self._least = tuple(
+            dilation * (kernel - 1) + 1 - 2 * padding
+            for kernel, _, padding, dilation in zip(*self._geometry, strict=True)
+        )
+
+    def _product(self, input: Tensor, theta: Tensor) -> Tensor:
+        topology, size = self._topology, input.shape
+        # Whatever is out of the ordinary takes the checked way: autocast, one image, errors.
+        if (
+            input.dtype is theta.dtype
+            and len(size) == 4
+            and size[1] == topology.shape[1]
+            and size[2] >= self._least[0]
+            and size[3] >= self._least[1]
+            and theta.shape == topology.columns.shape
+            and not torch._C._is_any_autocast_enabled()
+        ):
+            return autograd.SparseConv2d.of(input, theta, topology, self.bias, self._geometry)
+        _, stride, padding, dilation = self._geometry
+        return sparse_conv2d(input, theta, topology, self.bias, stride, padding, dilation)
+
+    @classmethod
+    def from_conv(cls, layer: nn.Module) -> SparseConv2d:
+        """The sparse layer of an nn.Conv2d, MaskedConv2d or PowerConv2d.
+
+        As `SparseLinear.from_linear`; a powered layer gives a `PowerSparseConv2d`.
+
+        Raises:
+            TypeError: what the sparse convolution does not have: groups, padding with anything but
+                zeros or with more on one side than on the other; otherwise as
+                `SparseLinear.from_linear`.
+        """
+        check_no_obstacle("SparseConv2d.from_conv", layer, conv_obstacle(layer))
+        dense = cast(nn.Conv2d, layer)
+        sparse = without_weight(PowerSparseConv2d if is_powered(layer) else SparseConv2d)
+        sparse._set_geometry(
+            dense.in_channels,
+            dense.out_channels,
+            cast(Any, dense.kernel_size),
+            cast(Any, dense.stride),
+            cast(Any, dense.padding),
+            cast(Any, dense.dilation),
+        )
+        sparse._take(dense)
+        return sparse
+
+    def _dense_layer(self, **options: Any) -> nn.Module:
+        dense_class = PowerConv2d if is_powered(self) else MaskedConv2d
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return dense_class(self.in_channels, self.out_channels, *geometry, **options)
+
+    def extra_repr(self) -> str:
+        options = [
+            f", {name}={value}"
+            for name, value, default in (
+                ("padding", self.padding, (0, 0)),
+                ("dilation", self.dilation, (1, 1)),
+                ("bias", self.bias is not None, True),
+            )
+            if value != default
+        ]
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}{''.join(options)}{self._described()}"
+        )
+
+
+class PowerSparseConv2d(PowerSparse, SparseConv2d):
+    """`SparseConv2d` whose kept values are powered: θ = φ·|φ|^(α−1).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, device, dtype,
+            kept: as in `SparseConv2d`.
+        alpha, stores: as in `PowerSparseLinear`.
+
+    Raises:
+        TypeError, ValueError: as `SparseConv2d` and `PowerLinear`.
+
+    Example::
+
+        layer = pp.nn.PowerSparseConv2d(64, 64, 3, padding=1, kept=0.1, alpha=2.0)
+        y = layer(torch.randn(8, 64, 14, 14))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: str | Pair = 0,
+        dilation: Pair = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        kept: Kept,
+        alpha: float | Tensor,
+        stores: Stores = "theta",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            bias,
+            device,
+            dtype,
+            kept=kept,
+        )
+        self.give_alpha(alpha, stores)
+        if stores == "phi":
+            self.set_theta(self.weight)
+
+
+_DENSE = (nn.Conv2d, MaskedConv2d, PowerConv2d)
+
+
+def conv_obstacle(layer: nn.Module) -> str | None:
+    """Why `SparseConv2d.from_conv` does not take ``layer``; None if it does."""
+    if reason := obstacle(layer, _DENSE):
+        return reason
+    conv = cast(Any, layer)
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups, and the sparse convolution has none"
+    if conv.padding_mode != "zeros":
+        return f"its padding_mode is {conv.padding_mode!r}, not 'zeros'"
+    if isinstance(conv.padding, str):
+        try:
+            padding_around("it", conv.padding, conv.kernel_size, conv.stride, conv.dilation)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def padding_around(
+    op: str, padding: str, kernel_size: tuple[int, int], stride: Pair, dilation: Pair
+) -> tuple[int, int]:
+    """What ``"same"`` or ``"valid"`` is as numbers, as much on both sides."""
+    if padding == "valid":
+        return 0, 0
+    geometry = Geometry.of(op, kernel_size, stride, 0, dilation)
+    if padding != "same":
+        raise ValueError(f"{op}: padding must be 'same', 'valid' or numbers, got {padding!r}")
+    if geometry.stride != (1, 1):
+        raise ValueError(f"{op}: padding='same' needs stride 1, got {geometry.stride}")
+    spans = [
+        step * (extent - 1)
+        for extent, step in zip(geometry.kernel_size, geometry.dilation, strict=True)
+    ]
+    if any(span % 2 for span in spans):
+        raise ValueError(
+            f"{op}: padding='same' would take more on one side than on the other for kernel_size "
+            f"{geometry.kernel_size} and dilation {geometry.dilation}"
+        )
+    return spans[0] // 2, spans[1] // 2
