@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -81,75 +80,64 @@ def inputs_of(
 # ---- the contenders
 
 
-class SparseLayer(nn.Module):
-    """A layer of the kept values alone."""
-
-    def __init__(self, plain: nn.Module, product: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.topology = pp.Topology.of(plain.weight)
-        self.weight = nn.Parameter(self.topology.gather(plain.weight))
-        self.bias = plain.bias
-        self.product = product
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.product(input, self.weight, self.topology, self.bias)
-
-
 def sparse_linear(plain: nn.Module) -> nn.Module:
     """Ours, of what is not 0."""
-    return SparseLayer(plain, pp.spmm)
+    return pp.nn.SparseLinear.from_linear(plain)
 
 
 def sparse_conv(plain: nn.Module) -> nn.Module:
     """Ours, of what is not 0."""
-    return SparseLayer(plain, partial(pp.sparse_conv2d, padding=plain.padding))
+    return pp.nn.SparseConv2d.from_conv(plain)
 
 
-def layer_pass(prepare: Prepare, passes: Passes, dtype: torch.dtype = torch.float32) -> Build:
+def layer_call(layer: nn.Module, passes: Passes, input: Tensor, grad_output: Tensor) -> Call:
     """One forward without gradients, or one forward and backward, gradients fresh each time.
 
     The call returns the output, or ∂L/∂x.
     """
+    input = input.detach().requires_grad_(passes == BOTH)
+    leaves = [input, *layer.parameters()]
 
-    def build(inputs: SparseInputs) -> Call:
-        layer = prepare(copy.deepcopy(inputs.plain))
-        input, grad_output = inputs.input.to(dtype), inputs.grad_output.to(dtype)
-        leaves = [input.requires_grad_(passes == BOTH), *layer.parameters()]
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return layer(input)
 
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return layer(input)
+    def forward_backward() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        layer(input).backward(grad_output)
+        return input.grad
 
-        def forward_backward() -> Tensor:
-            for leaf in leaves:
-                leaf.grad = None
-            layer(input).backward(grad_output)
-            return input.grad
+    return forward if passes == FORWARD else forward_backward
 
-        return forward if passes == FORWARD else forward_backward
+
+def csr_call(csr: CsrLinear, passes: Passes, input: Tensor, grad_output: Tensor) -> Call:
+    """The same by torch's CSR tensors; x and ∂L/∂y are transposed beforehand."""
+    columns, grad_columns = input.t().contiguous(), grad_output.t().contiguous()
+
+    def forward() -> Tensor:
+        return csr.forward(columns).t()
+
+    def forward_backward() -> Tensor:
+        csr.forward(columns)
+        return csr.backward(grad_columns, input)[0].t()
+
+    return forward if passes == FORWARD else forward_backward
+
+
+def layer_pass(prepare: Prepare, passes: Passes, dtype: torch.dtype = torch.float32) -> Build:
+    """`layer_call` of a copy of the plain layer that ``prepare`` has prepared."""
+
+    def build(x: SparseInputs) -> Call:
+        layer = prepare(copy.deepcopy(x.plain))
+        return layer_call(layer, passes, x.input.to(dtype), x.grad_output.to(dtype))
 
     return build
 
 
 def csr_pass(passes: Passes) -> Build:
-    """The same by torch's CSR tensors; x and ∂L/∂y are transposed beforehand."""
-
-    def build(inputs: SparseInputs) -> Call:
-        csr, input = CsrLinear(inputs.plain), inputs.input
-        columns, grad_columns = (x.t().contiguous() for x in (input, inputs.grad_output))
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return csr.forward(columns).t()
-
-        def forward_backward() -> Tensor:
-            with torch.no_grad():
-                csr.forward(columns)
-                return csr.backward(grad_columns, input)[0].t()
-
-        return forward if passes == FORWARD else forward_backward
-
-    return build
+    """`csr_call` of the plain layer."""
+    return lambda x: csr_call(CsrLinear(x.plain), passes, x.input, x.grad_output)
 
 
 def _others(layers: dict[str, Prepare], passes: Passes) -> dict[str, Build]:
