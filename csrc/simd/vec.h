@@ -80,6 +80,35 @@ inline f32v fma(f32v a, f32v b, f32v c) {
 #endif
 }
 
+// Four floats, whatever the instruction set.
+typedef float f32x4 __attribute__((vector_size(16)));
+
+// The sum of the lanes of each of four vectors. Each is added up in the same order, so that it does
+// not matter which of the four a vector is.
+inline f32x4 sums_of(f32v a, f32v b, f32v c, f32v d) {
+#if defined(__AVX512F__)
+  const __m512 x = (__m512)a, y = (__m512)b, z = (__m512)c, w = (__m512)d;
+  const __m512 xy = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  const __m512 zw = _mm512_add_ps(_mm512_unpacklo_ps(z, w), _mm512_unpackhi_ps(z, w));
+  const __m512 all =
+      _mm512_add_ps(_mm512_shuffle_ps(xy, zw, 0x44), _mm512_shuffle_ps(xy, zw, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return (f32x4)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m256 x = (__m256)a, y = (__m256)b, z = (__m256)c, w = (__m256)d;
+  const __m256 xy = _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+  const __m256 zw = _mm256_add_ps(_mm256_unpacklo_ps(z, w), _mm256_unpackhi_ps(z, w));
+  const __m256 all =
+      _mm256_add_ps(_mm256_shuffle_ps(xy, zw, 0x44), _mm256_shuffle_ps(xy, zw, 0xee));
+  return (f32x4)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+#else
+  f32x4 sums;
+  const f32v in[4] = {a, b, c, d};
+  for (int k = 0; k < 4; ++k) sums[k] = (in[k][0] + in[k][2]) + (in[k][1] + in[k][3]);
+  return sums;
+#endif
+}
+
 // Whether a comparison holds in some lane.
 inline bool any(i32v lanes) {
 #if defined(__AVX512F__)
@@ -201,6 +230,15 @@ inline f32v load(const float* p) { return load_bits<f32v>(p); }
 
 inline f32v load(const bf16* p) {
   return from_bits(__builtin_convertvector(load_bits<u16v>(p), u32v) << 16);
+}
+
+// One element in all lanes.
+inline f32v splat(const float* p) { return splat(*p); }
+
+inline f32v splat(const bf16* p) {
+  // In both halves of each lane; the shift leaves the upper one.
+  typedef uint16_t halves __attribute__((vector_size(kLanes * 4)));
+  return from_bits((u32v)(halves{} + p->bits) << 16);
 }
 
 inline f32v load(const f16* p) {
