@@ -24,6 +24,7 @@ from torch import Tensor
 from ppkernels import ops, reference
 from ppkernels.testing_products import PRODUCTS, check_product
 from ppkernels.testing_selection import SELECTIONS, check_selections
+from ppkernels.testing_sparse import SPARSE, check_sparse
 from ppkernels.testing_statistics import STATISTICS, check_statistics
 from ppkernels.testing_steps import TUNED_FOR, check_steps
 
@@ -412,7 +413,8 @@ def check_values(op: str, device: str = "cpu", dtypes: tuple[torch.dtype, ...] =
     Takes less than two seconds on a CPU, so that a benchmark can call it before it times an op.
 
     Args:
-        op: a name in `SAMPLES`, or one of `STEPS`, `PRODUCTS`, `SELECTIONS` or `STATISTICS`.
+        op: a name in `SAMPLES`, or one of `STEPS`, `PRODUCTS`, `SPARSE`, `SELECTIONS` or
+            `STATISTICS`.
         device: where the op runs; on a GPU, for the exponents that its kernels are tuned for.
         dtypes: the dtypes to go through.
 
@@ -422,6 +424,8 @@ def check_values(op: str, device: str = "cpu", dtypes: tuple[torch.dtype, ...] =
         return check_steps(op, device, dtypes)
     if op in PRODUCTS:
         return check_product(op, device, dtypes)
+    if op in SPARSE:
+        return check_sparse(op, device, dtypes)
     if op in SELECTIONS:
         return check_selections(op, device, dtypes)
     if op in STATISTICS:

@@ -31,7 +31,8 @@ SHARED_BY_KERNELS = (
 )
 POWER_GPU = "ppkernels.ops.power.gpu"
 TESTING = tuple(
-    f"ppkernels.testing_{part}" for part in ("products", "selection", "statistics", "steps")
+    f"ppkernels.testing_{part}"
+    for part in ("products", "selection", "sparse", "statistics", "steps")
 )
 USES_OPS = ("torch.*", "{room}.*", "ppkernels.ops", *SHARED)
 
@@ -51,6 +52,7 @@ IMPORTS = [
     ("testing.py", ["torch.*", "mpmath", "ppkernels", *TESTING]),
     ("testing_products.py", ["torch.*", "ppkernels"]),
     ("testing_selection.py", ["torch.*", "mpmath", "ppkernels"]),
+    ("testing_sparse.py", ["torch.*", "ppkernels", "ppkernels._backend"]),
     ("testing_statistics.py", ["torch.*", "ppkernels"]),
     ("testing_steps.py", ["torch.*", "mpmath", "ppkernels"]),
     ("ops/__init__.py", ["ppkernels.ops.*"]),

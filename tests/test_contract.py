@@ -20,6 +20,7 @@ from ppkernels.testing import (
     PRODUCTS,
     SAMPLES,
     SELECTIONS,
+    SPARSE,
     STATISTICS,
     STEPS,
     Sample,
@@ -87,7 +88,7 @@ def assert_same_bits(result: Tensor, expected: Tensor) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("op", [*OPS, *STEPS, *PRODUCTS, *SELECTIONS, *STATISTICS])
+@pytest.mark.parametrize("op", [*OPS, *STEPS, *PRODUCTS, *SPARSE, *SELECTIONS, *STATISTICS])
 def test_values(op: str, dtype: torch.dtype) -> None:
     check_values(op, dtypes=(dtype,))
 
@@ -521,5 +522,5 @@ def test_forward_mode_is_an_error(op: str) -> None:
 
 def test_every_public_op_has_a_row() -> None:
     public = {name for name, member in vars(pp.ops).items() if inspect.isfunction(member)}
-    missing = public - ON_BITS - {*SAMPLES, *STEPS, *PRODUCTS, *SELECTIONS, *STATISTICS}
+    missing = public - ON_BITS - {*SAMPLES, *STEPS, *PRODUCTS, *SPARSE, *SELECTIONS, *STATISTICS}
     assert not missing, f"no samples for {sorted(missing)}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,12 +24,41 @@ def uses_reference(operand: Tensor, values: Tensor) -> bool:
     )
 
 
+def is_differentiated() -> bool:
+    """Whether a backward pass is to be differentiated in turn: then the reference makes it, whose
+    operations have gradients themselves."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def as_kernel(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``reference`` as an op has it: a contiguous result, and products of the dtypes it names.
+
+    Its caller has cast what autocast casts; autocast would round the operands once more.
+    """
+
+    def kernel(*args: Any) -> Tensor:
+        device = args[0].device.type
+        if not torch.amp.is_autocast_available(device):
+            return reference(*args).contiguous()
+        with torch.autocast(device, enabled=False):
+            return reference(*args).contiguous()
+
+    return kernel
+
+
 def as_autocast_has_it(input: Tensor) -> Tensor:
     """``input`` as autocast gives it to a layer."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+    if input.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return input
-    return input.to(torch.get_autocast_dtype(device))
+    is_on = torch.is_autocast_enabled(device)
+    return input.to(torch.get_autocast_dtype(device)) if is_on else input
+
+
+def sum_for_bias(grad_output: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """∂L/∂b, of the bias' ``dtype``: added up in that or in the wider one of ``grad_output``."""
+    wide = torch.promote_types(grad_output.dtype, dtype)
+    return grad_output.sum(dims, dtype=wide).to(dtype)
 
 
 def check_beside_values(op: str, name: str, operand: Tensor, values: Tensor) -> None:

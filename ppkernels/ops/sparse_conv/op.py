@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ppkernels._checks import check_floating
-from ppkernels.ops._entries import dense_of, places_of
+from ppkernels._checks import check_floating, check_whole
 from ppkernels.ops._operands import (
     as_autocast_has_it,
+    as_kernel,
     check_beside_values,
     check_bias,
+    is_differentiated,
+    sum_for_bias,
     uses_reference,
 )
 from ppkernels.ops.sparse_conv import reference
-from ppkernels.ops.topology import Topology
+from ppkernels.ops.topology import Topology, check_topology
 
 Pair = int | tuple[int, int]
 
@@ -76,8 +77,8 @@ def sparse_conv2d(
 
     Args:
         input: x, [B, C, Y, X] or [C, Y, X]; float32, float64, bfloat16 or float16.
-        values: [E], of ``input``'s dtype; float32 and bfloat16 go together.
-        topology: of shape [N, C, H, W].
+        values: [E], of ``input``'s dtype or another; float64 goes with float64 only.
+        topology: of shape [N, C, H, W], none of them 0.
         bias: b, [N], of any of the dtypes; None, no bias.
         stride, padding, dilation: as in F.conv2d, each a number or a pair of them.
 
@@ -85,7 +86,8 @@ def sparse_conv2d(
         y, [B, N, Y', X'] or [N, Y', X'], contiguous, of ``input``'s dtype.
 
     Exactness: products are added up in float32 at least; a result has the same bits on any number
-    of threads.
+    of threads. An entry that is not kept takes no part, as in `pp.spmm`: where there are kernels,
+    NaN or an infinity in x comes into those outputs alone that an entry connects with it.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, sizes or devices that do not go together.
@@ -96,12 +98,7 @@ def sparse_conv2d(
     topology.check_values(op, values)
     input = as_autocast_has_it(input)
     _check_operand(op, "input", input, values, topology.shape[1], (3, 4))
-    if min(geometry.output_size(input.shape[-2:])) < 1:
-        raise ValueError(
-            f"{op}: input of size {tuple(input.shape[-2:])} is smaller than the kernel "
-            f"{geometry.kernel_size} with padding {geometry.padding} and dilation "
-            f"{geometry.dilation}"
-        )
+    _check_size(op, geometry, input.shape[-2:])
     check_bias(op, bias, topology.rows, values)
     if input.dim() == 3:
         return SparseConv2d.of(input.unsqueeze(0), values, topology, bias, geometry).squeeze(0)
@@ -112,7 +109,7 @@ def sparse_conv2d_grad_input(
     grad_output: Tensor,
     values: Tensor,
     topology: Topology,
-    input_size: tuple[int, int],
+    input_size: Pair,
     stride: Pair = 1,
     padding: Pair = 0,
     dilation: Pair = 1,
@@ -122,7 +119,7 @@ def sparse_conv2d_grad_input(
     Args:
         grad_output: ∂L/∂y, [B, N, Y', X'].
         values, topology, stride, padding, dilation: as in `sparse_conv2d`.
-        input_size: (Y, X) of the input, which a stride leaves open.
+        input_size: (Y, X) of the input, which a stride leaves open; a number, if both are equal.
 
     Returns:
         ∂L/∂x, [B, C, Y, X], contiguous, of ``grad_output``'s dtype.
@@ -135,10 +132,10 @@ def sparse_conv2d_grad_input(
     check_floating(op, "grad_output", grad_output)
     topology.check_values(op, values)
     _check_operand(op, "grad_output", grad_output, values, topology.rows, (4,))
-    _check_output(op, grad_output, geometry, input_size)
-    return _grad_input(
-        grad_output.detach(), values.detach(), topology.transposed(), list(input_size), geometry
-    )
+    size = _pair(op, "input_size", input_size, 1)
+    _check_output(op, grad_output, geometry, size)
+    args = (grad_output.detach(), values.detach(), *topology.transposed(), size)
+    return _run(op, uses_reference(grad_output, values), *args, *geometry)
 
 
 def sparse_conv2d_grad_values(
@@ -159,7 +156,8 @@ def sparse_conv2d_grad_values(
         dtype: of the values; ``input``'s by default.
 
     Returns:
-        ∂L/∂values, [E], of ``dtype``.
+        ∂L/∂values, [E], of ``dtype``. With NaN or an infinity in a channel of x or of ∂L/∂y, the
+        gradients of all entries between that channel and another may be NaN.
 
     Raises:
         TypeError, ValueError: as `sparse_conv2d`.
@@ -178,24 +176,27 @@ def sparse_conv2d_grad_values(
             f"{op}: grad_output and input must agree in dtype and in the number of images, got "
             f"{tuple(grad_output.shape)} {grad_output.dtype} and {tuple(input.shape)} {input.dtype}"
         )
-    indices = (topology.offsets, topology.columns)
-    return _grad_values(grad_output.detach(), input.detach(), values, *indices, geometry)
+    args = (grad_output.detach(), input.detach(), values, topology.offsets, topology.columns)
+    return _run(op, uses_reference(input, values), *args, *geometry)
 
 
 def _checked(op: str, topology: Topology, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
-    if len(topology.shape) != 4:
+    check_topology(op, topology)
+    if len(topology.shape) != 4 or min(topology.shape) == 0:
         raise ValueError(
-            f"{op}: the topology must have shape [N, C, H, W], got {tuple(topology.shape)}"
+            f"{op}: the topology must have shape [N, C, H, W], none of them 0, got "
+            f"{tuple(topology.shape)}"
         )
     height, width = topology.shape[2:]
     return Geometry.of(op, (height, width), stride, padding, dilation)
 
 
 def _pair(op: str, name: str, value: Pair, at_least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(each, int) and each >= at_least for each in pair):
-        raise ValueError(f"{op}: {name} must be one or two numbers >= {at_least}, got {value!r}")
-    return pair[0], pair[1]
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{op}: {name} must be one number or two, got {value!r}")
+    vertical, horizontal = (check_whole(op, name, each, at_least=at_least) for each in pair)
+    return vertical, horizontal
 
 
 def _check_operand(
@@ -210,7 +211,18 @@ def _check_operand(
     check_beside_values(op, name, operand, values)
 
 
+def _check_size(op: str, geometry: Geometry, size: Sequence[int]) -> None:
+    """An input of ``size`` has pixels, and gives some."""
+    if min(*size, *geometry.output_size(size)) < 1:
+        raise ValueError(
+            f"{op}: an input of size {tuple(size)} is too small for the kernel "
+            f"{geometry.kernel_size} with padding {geometry.padding} and dilation "
+            f"{geometry.dilation}"
+        )
+
+
 def _check_output(op: str, output: Tensor, geometry: Geometry, size: Sequence[int]) -> None:
+    _check_size(op, geometry, size)
     if list(output.shape[-2:]) != geometry.output_size(size):
         raise ValueError(
             f"{op}: for an input of size {tuple(size)}, grad_output must have size "
@@ -275,64 +287,24 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _define(name: str) -> None:
-    def kernel(*args: Any) -> Tensor:
-        out: Tensor = getattr(reference, name)(*args)
-        return out.contiguous()
+_REFERENCES = {_name: as_kernel(getattr(reference, _name)) for _name in _SCHEMAS}
 
-    tags = (torch.Tag.pt2_compliant_tag,)
-    torch.library.define(f"ppkernels::{name}", f"{_SCHEMAS[name]} -> Tensor", tags=tags)
-    torch.library.register_fake(f"ppkernels::{name}", _SHAPES[name])
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(
+        f"ppkernels::{_name}", f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+    torch.library.register_fake(f"ppkernels::{_name}", _SHAPES[_name])
     # The reference, wherever nothing better is registered for a device.
-    torch.library.impl(f"ppkernels::{name}", "CompositeExplicitAutograd", kernel)
-
-
-for _name in _SCHEMAS:
-    _define(_name)
+    torch.library.impl(f"ppkernels::{_name}", "CompositeExplicitAutograd", _REFERENCES[_name])
 
 # ---- autograd
 
 
-def _forward(
-    input: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-) -> Tensor:
-    args = (input, values, offsets, columns, bias, *geometry)
-    if uses_reference(input, values):
-        return reference.sparse_conv2d(*args)
-    return torch.ops.ppkernels.sparse_conv2d.default(*args)
-
-
-def _grad_input(
-    grad_output: Tensor,
-    values: Tensor,
-    transposed: Sequence[Tensor],
-    input_size: Sequence[int],
-    geometry: Geometry,
-) -> Tensor:
-    offsets, rows, order = transposed
-    args = (grad_output, values, offsets, rows, order, input_size, *geometry)
-    if uses_reference(grad_output, values):
-        return reference.sparse_conv2d_grad_input(*args)
-    return torch.ops.ppkernels.sparse_conv2d_grad_input.default(*args)
-
-
-def _grad_values(
-    grad_output: Tensor,
-    input: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    geometry: Geometry,
-) -> Tensor:
-    args = (grad_output, input, values, offsets, columns, *geometry)
-    if uses_reference(input, values):
-        return reference.sparse_conv2d_grad_values(*args)
-    return torch.ops.ppkernels.sparse_conv2d_grad_values.default(*args)
+def _run(name: str, plain: bool, *args: Any) -> Tensor:
+    """One of the products by the reference if ``plain``, else by what the dispatcher has."""
+    if plain:
+        return _REFERENCES[name](*args)
+    return getattr(torch.ops.ppkernels, name).default(*args)
 
 
 class SparseConv2d(torch.autograd.Function):
@@ -349,7 +321,7 @@ class SparseConv2d(torch.autograd.Function):
         """As `pp.sparse_conv2d` on [B, C, Y, X], arguments not checked."""
         offsets, columns = topology.offsets, topology.columns
         if torch._C._are_functorch_transforms_active():
-            return reference.sparse_conv2d(input, values, offsets, columns, bias, *geometry)
+            return _run("sparse_conv2d", True, input, values, offsets, columns, bias, *geometry)
         needs_input = input.requires_grad and torch.is_grad_enabled()
         transposed = topology.transposed() if needs_input else (None, None, None)
         out: Tensor = SparseConv2d.apply(
@@ -376,56 +348,24 @@ class SparseConv2d(torch.autograd.Function):
             columns,
             *transposed,
         )
-        ctx.geometry, ctx.size = geometry, tuple(input.shape)
+        ctx.geometry, ctx.size = geometry, tuple(input.shape[2:])
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _forward(input, values, offsets, columns, bias, geometry)
+        args = (input, values, offsets, columns, bias, *geometry)
+        return _run("sparse_conv2d", uses_reference(input, values), *args)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, values, offsets, columns, *transposed = ctx.saved_tensors
         for_input, for_values, for_bias, *_ = ctx.needs_input_grad
-        size, geometry = ctx.size, Geometry(*ctx.geometry)
         grad_input = grad_values = grad_bias = None
-        # With a double backward in view, in ops that have gradients themselves.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if for_input or for_values:
-                grad_input, grad_values = _differentiable(
-                    ctx, grad_output, input, values, offsets, columns
-                )
-        else:
-            if for_input:
-                grad_input = _grad_input(grad_output, values, transposed, size[2:], geometry)
-            if for_values:
-                grad_values = _grad_values(grad_output, input, values, offsets, columns, geometry)
+        if for_input or for_values:
+            plain = is_differentiated() or uses_reference(grad_output, values)
+        if for_input:
+            args = (grad_output, values, *transposed, ctx.size)
+            grad_input = _run("sparse_conv2d_grad_input", plain, *args, *ctx.geometry)
+        if for_values:
+            args = (grad_output, input, values, offsets, columns)
+            grad_values = _run("sparse_conv2d_grad_values", plain, *args, *ctx.geometry)
         if for_bias:
-            grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype)
+            grad_bias = sum_for_bias(grad_output, (0, 2, 3), ctx.bias_dtype)
         return grad_input, grad_values, grad_bias, *(None,) * 6
-
-
-def _differentiable(
-    ctx: Any,
-    grad_output: Tensor,
-    input: Tensor | None,
-    values: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input and values in PyTorch's own operations."""
-    geometry: Geometry = ctx.geometry
-    kernel_size, stride, padding, dilation = geometry
-    places = {"stride": stride, "padding": padding, "dilation": dilation}
-    shape = (grad_output.shape[1], ctx.size[1], *kernel_size)
-    in_features = math.prod(shape[1:])
-    grad_input = grad_values = None
-    if ctx.needs_input_grad[0]:
-        theta = dense_of(values, offsets, columns, in_features).view(shape)
-        grad_input = conv2d_input(  # type: ignore[no-untyped-call]
-            ctx.size, theta.to(grad_output.dtype), grad_output, **places
-        )
-    if input is not None:
-        dense = conv2d_weight(  # type: ignore[no-untyped-call]
-            input, shape, grad_output, **places
-        )
-        flat = dense.reshape(-1)[places_of(offsets, columns, in_features)]
-        grad_values = flat.to(values.dtype)
-    return grad_input, grad_values

@@ -9,20 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ppkernels._checks import check_floating
-from ppkernels.ops._entries import dense_of, rows_of
 from ppkernels.ops._layout import as_rows
 from ppkernels.ops._operands import (
     as_autocast_has_it,
+    as_kernel,
     check_beside_values,
     check_bias,
+    is_differentiated,
+    sum_for_bias,
     uses_reference,
 )
 from ppkernels.ops.spmm import reference
-from ppkernels.ops.topology import Topology
+from ppkernels.ops.topology import Topology, check_topology
 
 # ---- public functions
 
@@ -36,8 +37,7 @@ def spmm(input: Tensor, values: Tensor, topology: Topology, bias: Tensor | None 
 
     Args:
         input: x, [..., K]; float32, float64, bfloat16 or float16.
-        values: [E], of ``input``'s dtype or, where the kernels have it, of another: float32 and
-            bfloat16 go together.
+        values: [E], of ``input``'s dtype or another; float64 goes with float64 only.
         topology: of shape [N, K]; of a weight with more dimensions K is the product of all sizes
             but the first.
         bias: b, [N], of any of the dtypes; None, no bias.
@@ -46,11 +46,14 @@ def spmm(input: Tensor, values: Tensor, topology: Topology, bias: Tensor | None 
         y, [..., N], contiguous, of ``input``'s dtype.
 
     Exactness: products are added up in float32 at least; a result has the same bits on any number
-    of threads.
+    of threads. An entry that is not kept takes no part: NaN or an infinity in x comes into those
+    outputs alone whose row has an entry there. That is so wherever there are kernels; the
+    reference multiplies by a dense θ, whose zeros spread it to all outputs.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not go together.
     """
+    check_topology("spmm", topology)
     check_floating("spmm", "input", input)
     topology.check_values("spmm", values)
     input = as_autocast_has_it(input)
@@ -72,10 +75,13 @@ def spmm_grad_input(grad_output: Tensor, values: Tensor, topology: Topology) -> 
     Raises:
         TypeError, ValueError: as `spmm`.
     """
-    check_floating("spmm_grad_input", "grad_output", grad_output)
-    topology.check_values("spmm_grad_input", values)
-    _check_operand("spmm_grad_input", "grad_output", grad_output, values, topology.rows)
-    return _grad_input(grad_output.detach(), values.detach(), *topology.transposed())
+    op = "spmm_grad_input"
+    check_topology(op, topology)
+    check_floating(op, "grad_output", grad_output)
+    topology.check_values(op, values)
+    _check_operand(op, "grad_output", grad_output, values, topology.rows)
+    plain = uses_reference(grad_output, values)
+    return _run(op, plain, grad_output.detach(), values.detach(), *topology.transposed())
 
 
 def spmm_grad_values(
@@ -99,6 +105,7 @@ def spmm_grad_values(
         TypeError, ValueError: as `spmm`.
     """
     op = "spmm_grad_values"
+    check_topology(op, topology)
     check_floating(op, "grad_output", grad_output)
     check_floating(op, "input", input)
     values = input.new_empty(0, dtype=dtype)
@@ -112,7 +119,8 @@ def spmm_grad_values(
             f"{input.dtype}"
         )
     indices = (topology.offsets, topology.columns)
-    return _grad_values(grad_output.detach(), input.detach(), values, *indices)
+    plain = uses_reference(input, values)
+    return _run(op, plain, grad_output.detach(), input.detach(), values, *indices)
 
 
 def _check_operand(op: str, name: str, operand: Tensor, values: Tensor, features: int) -> None:
@@ -146,43 +154,24 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
     ),
 }
 
+_REFERENCES = {_name: as_kernel(getattr(reference, _name)) for _name in _SCHEMAS}
+
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(
         f"ppkernels::{_name}", f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
     )
     torch.library.register_fake(f"ppkernels::{_name}", _SHAPES[_name])
     # The reference, wherever nothing better is registered for a device.
-    torch.library.impl(
-        f"ppkernels::{_name}", "CompositeExplicitAutograd", getattr(reference, _name)
-    )
+    torch.library.impl(f"ppkernels::{_name}", "CompositeExplicitAutograd", _REFERENCES[_name])
 
 # ---- autograd
 
 
-def _forward(
-    input: Tensor, values: Tensor, offsets: Tensor, columns: Tensor, bias: Tensor | None
-) -> Tensor:
-    if uses_reference(input, values):
-        return reference.spmm(input, values, offsets, columns, bias)
-    return torch.ops.ppkernels.spmm.default(input, values, offsets, columns, bias)
-
-
-def _grad_input(
-    grad_output: Tensor, values: Tensor, offsets: Tensor, rows: Tensor, order: Tensor
-) -> Tensor:
-    args = (grad_output, values, offsets, rows, order)
-    if uses_reference(grad_output, values):
-        return reference.spmm_grad_input(*args)
-    return torch.ops.ppkernels.spmm_grad_input.default(*args)
-
-
-def _grad_values(
-    grad_output: Tensor, input: Tensor, values: Tensor, offsets: Tensor, columns: Tensor
-) -> Tensor:
-    args = (grad_output, input, values, offsets, columns)
-    if uses_reference(input, values):
-        return reference.spmm_grad_values(*args)
-    return torch.ops.ppkernels.spmm_grad_values.default(*args)
+def _run(name: str, plain: bool, *args: Tensor | None) -> Tensor:
+    """One of the products by the reference if ``plain``, else by what the dispatcher has."""
+    if plain:
+        return _REFERENCES[name](*args)
+    return getattr(torch.ops.ppkernels, name).default(*args)
 
 
 class Spmm(torch.autograd.Function):
@@ -197,7 +186,7 @@ class Spmm(torch.autograd.Function):
         """As `pp.spmm`, arguments not checked."""
         offsets, columns = topology.offsets, topology.columns
         if torch._C._are_functorch_transforms_active():
-            return reference.spmm(input, values, offsets, columns, bias)
+            return _run("spmm", True, input, values, offsets, columns, bias)
         needs_input = input.requires_grad and torch.is_grad_enabled()
         transposed = topology.transposed() if needs_input else (None, None, None)
         out: Tensor = Spmm.apply(input, values, bias, offsets, columns, *transposed)
@@ -222,28 +211,20 @@ class Spmm(torch.autograd.Function):
             *transposed,
         )
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _forward(input, values, offsets, columns, bias)
+        return _run("spmm", uses_reference(input, values), input, values, offsets, columns, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, values, offsets, columns, *transposed = ctx.saved_tensors
         for_input, for_values, for_bias, *_ = ctx.needs_input_grad
         grad_input = grad_values = grad_bias = None
-        # With a double backward in view, in ops that have gradients themselves.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if for_input:
-                in_features = transposed[0].numel() - 1
-                theta = dense_of(values, offsets, columns, in_features)
-                grad_input = F.linear(grad_output, theta.t().to(grad_output.dtype))
-            if for_values:
-                dense = as_rows(grad_output).t() @ as_rows(input)
-                rows = rows_of(offsets, columns.numel())
-                grad_values = dense[rows, columns.long()].to(values.dtype)
-        else:
-            if for_input:
-                grad_input = _grad_input(grad_output, values, *transposed)
-            if for_values:
-                grad_values = _grad_values(grad_output, input, values, offsets, columns)
+        if for_input or for_values:
+            plain = is_differentiated() or uses_reference(grad_output, values)
+        if for_input:
+            grad_input = _run("spmm_grad_input", plain, grad_output, values, *transposed)
+        if for_values:
+            indices = (offsets, columns)
+            grad_values = _run("spmm_grad_values", plain, grad_output, input, values, *indices)
         if for_bias:
-            grad_bias = as_rows(grad_output).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = sum_for_bias(as_rows(grad_output), (0,), ctx.bias_dtype)
         return grad_input, grad_values, grad_bias, None, None, None, None, None

@@ -7,12 +7,13 @@ from ppkernels.ops.topology.op import (
     topology_of_mask,
     transpose_topology,
 )
-from ppkernels.ops.topology.topology import Topology, Transposed
+from ppkernels.ops.topology.topology import Topology, Transposed, check_topology
 
 __all__ = [
     "Topology",
     "Transposed",
     "change_topology",
+    "check_topology",
     "gather_kept",
     "scatter_kept",
     "topology_of_mask",

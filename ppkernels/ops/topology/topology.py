@@ -330,5 +330,11 @@ def _check_indices(offsets: Tensor, columns: Tensor, shape: tuple[int, ...]) -> 
         raise ValueError("Topology: columns must ascend within each row")
 
 
+def check_topology(op: str, topology: Topology) -> None:
+    """``topology`` is one."""
+    if not isinstance(topology, Topology):
+        raise TypeError(f"{op}: topology must be a pp.Topology, got {type(topology).__name__}")
+
+
 # torch.load with weights_only=True, its default, makes objects of known classes alone.
 torch.serialization.add_safe_globals([Topology])
