@@ -45,10 +45,10 @@ class CsrLinear:
     """A linear layer by torch's CSR tensors, in the orientation and by the calls that measure best.
 
     That is θ·xᵀ with x already transposed and contiguous and the result left transposed, the bias
-    within the call (addmm), and addmv for a single sample. x·θᵀ, F.linear with a CSR weight and CSC
-    tensors take 5x the time and more. Indices are int32: MKL takes no others, and torch would
-    convert int64 ones at every call. The gradients are written out, since torch's own backward of
-    these products takes several times as long; θᵀ is made beforehand, as if θ never changed.
+    within the call (addmm), and addmv for a single sample; README.md has the others' times. Indices
+    are int32: MKL takes no others, and torch would convert int64 ones at every call. The gradients
+    are written out, since torch's own backward of these products takes several times as long; θᵀ is
+    made beforehand, as if θ never changed.
     """
 
     def __init__(self, plain: nn.Linear) -> None:
