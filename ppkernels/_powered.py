@@ -20,6 +20,9 @@ from ppkernels.ops import BitMask, Topology
 Stores = Literal["theta", "phi"]
 Keep = Literal["theta", "phi"]
 
+# What an optimizer's state calls the float32 copy of a half-precision weight.
+MASTER = "master"
+
 
 class MaskedLayer(Protocol):
     """A layer with masks, powered or plain.

@@ -19,10 +19,14 @@ from ppkernels.nn.linear import MaskedLinear, PowerLinear
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered, set_alpha
 from ppkernels.nn.sparse import Sparse
-from ppkernels.nn.sparse_conv import PowerSparseConv2d, SparseConv2d
-from ppkernels.nn.sparse_linear import PowerSparseLinear, SparseLinear
+from ppkernels.nn.sparse_conv import FoldedSparseConv2d, PowerSparseConv2d, SparseConv2d
+from ppkernels.nn.sparse_folded import FoldedSparse
+from ppkernels.nn.sparse_linear import FoldedSparseLinear, PowerSparseLinear, SparseLinear
 
 __all__ = [
+    "FoldedSparse",
+    "FoldedSparseConv2d",
+    "FoldedSparseLinear",
     "Masked",
     "MaskedConv1d",
     "MaskedConv2d",

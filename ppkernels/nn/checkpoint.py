@@ -1,4 +1,4 @@
-"""What layers with masks or a power read in a checkpoint, and what they refuse there."""
+"""What layers of this package read in a checkpoint, and what they refuse there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ppkernels._checks import check_alpha
-from ppkernels.ops import BitMask
+from ppkernels.ops import BitMask, Topology
 
 MASKS = ("update_mask", "mask")
+INDICES = ("offsets", "columns")
 
 
 def taken_masks(
@@ -92,3 +93,65 @@ def refuse_to_convert(
         "converted only where the weight is a Parameter of its own; here torch.nn.utils.prune, "
         "parametrize or weight_norm has replaced it: undo that, load, and do it again"
     )
+
+
+# ---- sparse weights: their indices stand under ``offsets`` and ``columns``
+
+
+def taken_topology(state_dict: dict[str, Any], prefix: str, own: Topology) -> Topology | None:
+    """Takes the topology of a sparse weight out of a checkpoint; None where it says nothing of one.
+
+    A dense weight goes with the topology that the layer has, ``own``: it and its masks are
+    exchanged for what they have at the entries.
+
+    Raises:
+        TypeError, ValueError: what is wrong, for the loader's list of errors: indices that are no
+            topology of the layer's shape, or of another number of entries than the weight; a dense
+            weight that is not 0 where the layer has no entry.
+    """
+    found = {name: state_dict.pop(prefix + name) for name in INDICES if prefix + name in state_dict}
+    weight = state_dict.get(prefix + "weight")
+    if not found:
+        is_dense = isinstance(weight, Tensor) and weight.shape == own.shape
+        if not is_dense or own.device.type == "meta":
+            return None
+        _take_dense(state_dict, prefix, weight, own)
+        return own
+    if len(found) < len(INDICES):
+        raise ValueError(f"offsets and columns go together, and it has {next(iter(found))} alone")
+    topology = Topology(found["offsets"], found["columns"], own.shape)
+    if isinstance(weight, Tensor) and weight.shape != topology.columns.shape:
+        raise ValueError(
+            f"the topology has {topology.count()} entries, and the weight beside it has shape "
+            f"{tuple(weight.shape)}"
+        )
+    if own.device.type == "meta":
+        return topology  # to be assigned
+    topology = topology.to(own.device)
+    return own if topology == own else topology
+
+
+def _take_dense(state_dict: dict[str, Any], prefix: str, weight: Any, own: Topology) -> None:
+    topology = own.to(weight.device)
+    values = topology.gather(weight)
+    lost = int(weight.count_nonzero()) - int(values.count_nonzero())
+    if lost:
+        raise ValueError(
+            f"the checkpoint's weight is dense, and {lost} of its entries that are not 0 stand "
+            "where this layer has none; load it into the dense layer, and make that one sparse"
+        )
+    state_dict[prefix + "weight"] = values
+    for name in MASKS:
+        if (words := state_dict.get(prefix + name)) is not None:
+            bits = BitMask(words, own.shape).unpack().view(-1)
+            state_dict[prefix + name] = BitMask.pack(bits[own.places().to(bits.device)]).words
+
+
+def refuse_sparse(state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+    """For a layer that is not sparse: adds an error if the checkpoint is a sparse layer's."""
+    found = [state_dict.pop(prefix + name, None) for name in INDICES]
+    if any(indices is not None for indices in found):
+        error_msgs.append(
+            f'"{prefix}weight": the checkpoint holds the kept values of a sparse layer, and this '
+            "one is dense; load it into a sparse layer, whose to_dense() gives the dense one"
+        )

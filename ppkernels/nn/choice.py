@@ -23,6 +23,8 @@ from ppkernels.nn.conv import (
 from ppkernels.nn.linear import MaskedLinear, PowerLinear
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered, alpha_value
+from ppkernels.nn.sparse_conv import PowerSparseConv2d, SparseConv2d
+from ppkernels.nn.sparse_linear import PowerSparseLinear, SparseLinear
 
 Alpha = float | Tensor
 Alphas = Alpha | Mapping[str, Alpha] | Callable[[str, nn.Module], Alpha]
@@ -47,6 +49,8 @@ POWERED: dict[type[nn.Module], type[Powered]] = {
     MaskedConv1d: PowerConv1d,
     MaskedConv2d: PowerConv2d,
     MaskedConv3d: PowerConv3d,
+    SparseLinear: PowerSparseLinear,
+    SparseConv2d: PowerSparseConv2d,
 }
 _KINDS = "only nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d can be, and no subclasses"
 

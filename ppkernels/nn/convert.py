@@ -57,7 +57,8 @@ def powerize(
     error is raised.
 
     Powered are modules of exactly these types: nn.Linear (the output projection inside
-    nn.MultiheadAttention included), nn.Conv1d, nn.Conv2d, nn.Conv3d. All others are left alone:
+    nn.MultiheadAttention included), nn.Conv1d, nn.Conv2d, nn.Conv3d, and the layers of this
+    package that have their masks or are sparse. All others are left alone:
     transposed convolutions, embeddings, nn.Bilinear, recurrent layers, the input projection of
     nn.MultiheadAttention, subclasses, lazy layers that have seen no batch yet, layers whose weight
     torch.nn.utils has parametrized or pruned. Asking for one of them by name is an error.
@@ -167,6 +168,10 @@ def fold(model: ModelT) -> ModelT:
     it has not seen the mask until now. The masks are dropped, and so is the ``.grad`` of weights
     that held φ.
 
+    Sparse layers, powered or plain, become layers for inference, a `FoldedSparseLinear` or
+    `FoldedSparseConv2d`: the same modules, without Parameters; values and indices are buffers,
+    which torch.compile and torch.export take.
+
     Args:
         model: any module; a powered or masked layer itself is changed and returned.
 
@@ -206,7 +211,7 @@ def _check_may_fold(name: str, layer: Masked, layers: Mapping[str, MaskedLayer])
             "(torch.nn.utils.prune, parametrize or weight_norm has replaced it); undo that "
             "first"
         )
-    if type(layer) not in (*POWERED.values(), *MASKED.values()):
+    if type(layer) not in (*POWERED, *POWERED.values()):
         kind = "powered" if is_powered(layer) else "masked"
         raise TypeError(
             f"fold: {called(name, layer)} is a subclass of a {kind} layer, and nobody but "

@@ -12,7 +12,7 @@ from ppkernels import _powered
 from ppkernels._checks import check_floating
 from ppkernels._powered import weight_parameter
 from ppkernels.autograd import ApplyMask
-from ppkernels.nn.checkpoint import MASKS, drop_no_power, taken_masks
+from ppkernels.nn.checkpoint import MASKS, drop_no_power, refuse_sparse, taken_masks
 from ppkernels.ops import BitMask
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -156,7 +156,7 @@ class Masked(nn.Module):
             )
         return self._placed(mask)
 
-    def _check_masks_fit(self, weight: Tensor) -> None:
+    def _check_fits(self, weight: Tensor) -> None:
         """A new ``weight`` has the shape of the masks that are set."""
         for name, mask in self._masks().items():
             if mask.shape != weight.shape:
@@ -210,7 +210,7 @@ class Masked(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and param is not None:
-            self._check_masks_fit(param)
+            self._check_fits(param)
         super().register_parameter(name, param)
         _powered.weights_changed()
 
@@ -274,6 +274,7 @@ class Masked(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        refuse_sparse(state_dict, prefix, error_msgs)
         masks = taken_masks(state_dict, prefix, self.weight.shape, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)
         self._translate(state_dict, prefix, assign, error_msgs)

@@ -8,13 +8,17 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim import Optimizer
 
+from ppkernels import _powered
 from ppkernels._powered import is_masked, is_powered, weight_parameter
 from ppkernels._shares import check_share, entries_of
 from ppkernels.autograd import Power
-from ppkernels.nn.choice import called
+from ppkernels.nn.checkpoint import INDICES, MASKS, taken_topology
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
+from ppkernels.nn.sparse_change import bound_of, change_topology, drawn, exchange_values
+from ppkernels.nn.sparse_folded import FoldedSparse
 from ppkernels.ops import BitMask, Topology
 
 SparseT = TypeVar("SparseT", bound="Sparse")
@@ -97,15 +101,137 @@ class Sparse(Masked):
             self.mask = bits_at(topology, dense.mask)
         self.train(dense.training)
 
-    def change_topology(self, drop: Tensor, grow: Tensor) -> None:
-        raise NotImplementedError
+    def become_plain(self) -> None:
+        """Turn into the layer for inference. The weight must hold what `theta` is.
+
+        For those who take layers apart; `pp.fold` is the way for all others.
+        """
+        weight, bias = self._parameters.pop("weight"), self._parameters.pop("bias")
+        topology = self.__dict__.pop("_topology")
+        super().become_plain()
+        cast(FoldedSparse, self).hold(topology, cast(Tensor, weight), bias)
+
+    # ---- another topology
+
+    def change_topology(
+        self,
+        drop: Tensor,
+        grow: Tensor,
+        values: Tensor | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+    ) -> Tensor:
+        """Drop some entries and grow others, in place and without a dense weight.
+
+        The weight stays the same Parameter, with another number of values; kept entries keep
+        theirs, their bits in the masks and their state in ``optimizer``. Grown entries are trained
+        and seen, and their state is 0 (a float32 master copy is their value). The step counts of
+        the state stay as they are, and ``.grad`` becomes None. Layers that share the weight, which
+        must have the same topology, change with it.
+
+        Under torch.compile the next call compiles once more where the number of entries is another
+        one. What else knows of the weight has to be made anew: DistributedDataParallel, and
+        averages as torch.optim.swa_utils.AveragedModel.
+
+        Args:
+            drop: which entries: their positions in ``weight``, int64 [D], or a bool for each, [E].
+            grow: places in the flattened weight of the dense layer, n·K + k for row n and column k,
+                int64 [G]: such as are not kept, or are dropped in this call.
+            values: θ of the grown entries in the order of ``grow``, [G]; drawn by default as
+                `reset_parameters` draws, never 0.
+            optimizer: the one that steps the weight. The state of an optimizer that is not told
+                stays that of the entries before, which is an error in its next step or, where as
+                many are grown as dropped, wrong.
+
+        Returns:
+            int64 [E']: where each of the entries now stood before, −1 for the grown ones.
+
+        Raises:
+            TypeError, ValueError: what `pp.Topology.changed` raises; values of another kind or
+                shape; a value 0 for a powered layer with α > 1, where it would stay 0; an optimizer
+                that does not have the weight; a layer with another topology that shares it.
+            RuntimeError: a weight that torch.nn.utils has parametrized or pruned.
+
+        Nothing is changed when an error is raised.
+
+        Example::
+
+            weakest = layer.theta.abs().topk(100, largest=False).indices
+            grow = (~layer.topology.mask()).unpack().flatten().nonzero().flatten()[:100]
+            layer.change_topology(weakest, grow, optimizer=optimizer)
+        """
+        return change_topology(self, drop, grow, values, optimizer)
+
+    def _move(self, topology: Topology, weight: Tensor, masks: dict[str, BitMask]) -> None:
+        """Stand on another topology, with these values and masks; the same Parameter."""
+        parameter = self._own_weight(type(self).__name__)
+        if parameter.data is not weight:
+            exchange_values(parameter, weight)
+        parameter.grad = None
+        self._topology = topology
+        for name in MASKS:
+            setattr(self, f"_{name}", masks.get(name))
+        _powered.weights_changed()
+
+    def _check_fits(self, weight: Tensor) -> None:
+        if weight.shape != self._topology.columns.shape:
+            raise ValueError(
+                f"{type(self).__name__}: the new weight must have a value for each of the "
+                f"{self._topology.count()} entries of topology, got shape {tuple(weight.shape)}"
+            )
+        super()._check_fits(weight)
+
+    # ---- checkpoints
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in INDICES:
+            # A copy, for an average over state_dicts writes into their tensors.
+            destination[prefix + name] = getattr(self._topology, name).clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        tells = any(prefix + name in state_dict for name in INDICES)
+        try:
+            topology = taken_topology(state_dict, prefix, self._topology)
+            if topology is not None and topology is not self._topology:
+                size = topology.count()
+                self._move(topology, self.weight.new_empty(size, requires_grad=False), {})
+        except (TypeError, ValueError, RuntimeError) as error:
+            # Nothing of this layer is loaded.
+            error_msgs.append(f'"{prefix}weight": {error}')
+            return
+        if topology is None:
+            missing_keys.extend(prefix + name for name in INDICES)
+        if tells:
+            # It comes from a layer that could have masks: those that it lacks are None.
+            self._update_mask = self._mask = None
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def reset_parameters(self) -> None:
         """Draw θ and the bias as the dense layer draws them; no θ is 0."""
-        bound = 1 / math.sqrt(max(self._topology.in_features, 1))
         with torch.no_grad():
-            self.weight.copy_(drawn(self.weight, bound))
+            self.weight.copy_(drawn(self.weight, self._topology))
             if self.bias is not None:
+                bound = bound_of(self._topology)
                 self.bias.uniform_(-bound, bound)
 
     def _begin(self, topology: Topology, bias: bool, **factory: Any) -> None:
@@ -188,7 +314,7 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
 def check_no_obstacle(op: str, layer: nn.Module, reason: str | None) -> None:
     """There is no ``reason`` why ``layer`` cannot be sparse."""
     if reason is not None:
-        raise TypeError(f"{op}: {called('', layer)} cannot be sparse: {reason}")
+        raise TypeError(f"{op}: the {type(layer).__name__} given cannot be sparse: {reason}")
 
 
 def without_weight(sparse_class: type[SparseT]) -> SparseT:
@@ -219,9 +345,3 @@ def topology_of(op: str, kept: Kept, shape: tuple[int, ...]) -> Topology:
     bits = torch.zeros(numel, dtype=torch.bool, device="cpu")
     bits[places] = True
     return Topology.of_mask(BitMask.pack(bits.view(shape)))
-
-
-def drawn(like: Tensor, bound: float) -> Tensor:
-    """New values θ for ``like``, uniform between ±bound as torch.nn draws weights, but never 0."""
-    values = torch.empty_like(like, requires_grad=False).uniform_(-bound, bound)
-    return values.masked_fill_(values == 0, bound)

@@ -19,9 +19,90 @@ from ppkernels.nn.sparse import (
     topology_of,
     without_weight,
 )
-from ppkernels.ops import Geometry, sparse_conv2d
+from ppkernels.nn.sparse_folded import FoldedSparse
+from ppkernels.ops import Geometry, Topology, sparse_conv2d
 
 Pair = int | tuple[int, int]
+
+
+def _product(
+    input: Tensor, theta: Tensor, topology: Topology, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    # Whatever is out of the ordinary takes the checked way: autocast, one image, errors.
+    if (
+        input.dtype is theta.dtype
+        and input.dim() == 4
+        and input.shape[1] == topology.shape[1]
+        and geometry.gives_output(input.shape[2:])
+        and theta.shape == topology.columns.shape
+        and not torch._C._is_any_autocast_enabled()
+    ):
+        return autograd.SparseConv2d.of(input, theta, topology, bias, geometry)
+    _, stride, padding, dilation = geometry
+    return sparse_conv2d(input, theta, topology, bias, stride, padding, dilation)
+
+
+def _described(geometry: Geometry, padding: str | None, has_bias: bool) -> str:
+    """The part of a repr that says how the kernel moves; what is torch's default is left out."""
+    kernel_size, stride, around, dilation = geometry
+    parts = [f"kernel_size={kernel_size}, stride={stride}"]
+    if padding is not None or around != (0, 0):
+        parts.append(f"padding={padding or around}")
+    if dilation != (1, 1):
+        parts.append(f"dilation={dilation}")
+    if not has_bias:
+        parts.append("bias=False")
+    return ", ".join(parts)
+
+
+class FoldedSparseConv2d(FoldedSparse):
+    """A sparse convolution for inference: y = x ∗ θ + b. `FoldedSparse` says what it holds.
+
+    `pp.fold` makes it of a `SparseConv2d` or a `PowerSparseConv2d`.
+
+    Args:
+        topology: a `pp.Topology` of shape [N, C, H, W].
+        weight: the kept values θ, [E].
+        bias: b, [N], or None.
+        stride, padding, dilation: as in `SparseConv2d`, as numbers.
+
+    Raises:
+        TypeError, ValueError: tensors or sizes that do not go together.
+
+    Example::
+
+        layer = pp.fold(pp.nn.SparseConv2d(64, 64, 3, padding=1, kept=0.1))
+        with torch.no_grad():
+            y = layer(torch.randn(8, 64, 14, 14))
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+    ) -> None:
+        super().__init__()
+        if len(topology.shape) != 4:
+            raise ValueError(
+                f"FoldedSparseConv2d: the topology must have shape [N, C, H, W], got "
+                f"{tuple(topology.shape)}"
+            )
+        height, width = topology.shape[2:]
+        args = ("FoldedSparseConv2d", (height, width), stride, padding, dilation)
+        self._geometry = Geometry.of(*args)
+        self.hold(topology, weight, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _product(input, self.weight, self.topology, self.bias, self._geometry)
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels = self.shape[:2]
+        sizes = _described(self._geometry, None, self.bias is not None)
+        return f"{in_channels}, {out_channels}, {sizes}{self._described()}"
 
 
 class SparseConv2d(Sparse):
@@ -51,6 +132,7 @@ class SparseConv2d(Sparse):
     stride: tuple[int, int]
     padding: str | tuple[int, int]
     dilation: tuple[int, int]
+    plain_class: type[nn.Module] = FoldedSparseConv2d
 
     def __init__(
         self,
@@ -90,27 +172,9 @@ class SparseConv2d(Sparse):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, around, self.dilation = self._geometry
         self.padding = padding if isinstance(padding, str) else around
-        # What an image has to have at least, so that there is any output.
-        self._least = tuple(
-            dilation * (kernel - 1) + 1 - 2 * padding
-            for kernel, _, padding, dilation in zip(*self._geometry, strict=True)
-        )
 
     def _product(self, input: Tensor, theta: Tensor) -> Tensor:
-        topology, size = self._topology, input.shape
-        # Whatever is out of the ordinary takes the checked way: autocast, one image, errors.
-        if (
-            input.dtype is theta.dtype
-            and len(size) == 4
-            and size[1] == topology.shape[1]
-            and size[2] >= self._least[0]
-            and size[3] >= self._least[1]
-            and theta.shape == topology.columns.shape
-            and not torch._C._is_any_autocast_enabled()
-        ):
-            return autograd.SparseConv2d.of(input, theta, topology, self.bias, self._geometry)
-        _, stride, padding, dilation = self._geometry
-        return sparse_conv2d(input, theta, topology, self.bias, stride, padding, dilation)
+        return _product(input, theta, self._topology, self.bias, self._geometry)
 
     @classmethod
     def from_conv(cls, layer: nn.Module) -> SparseConv2d:
@@ -143,19 +207,9 @@ class SparseConv2d(Sparse):
         return dense_class(self.in_channels, self.out_channels, *geometry, **options)
 
     def extra_repr(self) -> str:
-        options = [
-            f", {name}={value}"
-            for name, value, default in (
-                ("padding", self.padding, (0, 0)),
-                ("dilation", self.dilation, (1, 1)),
-                ("bias", self.bias is not None, True),
-            )
-            if value != default
-        ]
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}{''.join(options)}{self._described()}"
-        )
+        padding = self.padding if isinstance(self.padding, str) else None
+        sizes = _described(self._geometry, padding, self.bias is not None)
+        return f"{self.in_channels}, {self.out_channels}, {sizes}{self._described()}"
 
 
 class PowerSparseConv2d(PowerSparse, SparseConv2d):

@@ -19,7 +19,60 @@ from ppkernels.nn.sparse import (
     topology_of,
     without_weight,
 )
-from ppkernels.ops import spmm
+from ppkernels.nn.sparse_folded import FoldedSparse
+from ppkernels.ops import Topology, spmm
+
+
+def _product(input: Tensor, theta: Tensor, topology: Topology, bias: Tensor | None) -> Tensor:
+    # Whatever is out of the ordinary takes the checked way: autocast, two dtypes, errors.
+    if (
+        input.dtype is theta.dtype
+        and input.shape[-1:] == topology.shape[1:]
+        and theta.shape == topology.columns.shape
+        and not torch._C._is_any_autocast_enabled()
+    ):
+        return Spmm.of(input, theta, topology, bias)
+    return spmm(input, theta, topology, bias)
+
+
+class FoldedSparseLinear(FoldedSparse):
+    """A sparse linear layer for inference: y = x·θᵀ + b. `FoldedSparse` says what it holds.
+
+    `pp.fold` makes it of a `SparseLinear` or a `PowerSparseLinear`.
+
+    Args:
+        topology: a `pp.Topology` of shape [N, K].
+        weight: the kept values θ, [E].
+        bias: b, [N], or None.
+
+    Raises:
+        TypeError, ValueError: tensors that do not go together.
+
+    Example::
+
+        layer = pp.fold(pp.nn.SparseLinear(784, 300, kept=0.1)).to(torch.bfloat16)
+        with torch.no_grad():
+            y = layer(torch.randn(1, 784, dtype=torch.bfloat16))
+    """
+
+    def __init__(self, topology: Topology, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if len(topology.shape) != 2:
+            raise ValueError(
+                f"FoldedSparseLinear: the topology must have shape [N, K], got "
+                f"{tuple(topology.shape)}"
+            )
+        self.hold(topology, weight, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _product(input, self.weight, self.topology, self.bias)
+
+    def extra_repr(self) -> str:
+        rows, in_features = self.shape
+        return (
+            f"in_features={in_features}, out_features={rows}, "
+            f"bias={self.bias is not None}{self._described()}"
+        )
 
 
 class SparseLinear(Sparse):
@@ -52,6 +105,7 @@ class SparseLinear(Sparse):
 
     in_features: int
     out_features: int
+    plain_class: type[nn.Module] = FoldedSparseLinear
 
     def __init__(
         self,
@@ -70,16 +124,7 @@ class SparseLinear(Sparse):
         self.reset_parameters()
 
     def _product(self, input: Tensor, theta: Tensor) -> Tensor:
-        topology = self._topology
-        # Whatever is out of the ordinary takes the checked way: autocast, two dtypes, errors.
-        if (
-            input.dtype is theta.dtype
-            and input.shape[-1:] == topology.shape[1:]
-            and theta.shape == topology.columns.shape
-            and not torch._C._is_any_autocast_enabled()
-        ):
-            return Spmm.of(input, theta, topology, self.bias)
-        return spmm(input, theta, topology, self.bias)
+        return _product(input, theta, self._topology, self.bias)
 
     @classmethod
     def from_linear(cls, layer: nn.Module) -> SparseLinear:

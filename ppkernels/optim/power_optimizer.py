@@ -139,13 +139,13 @@ class PowerOptimizer(Optimizer):
                 masters.append(_NO_MASTER)
                 continue
             state = self.state[parameter]
-            if "master" not in state:
+            if _powered.MASTER not in state:
                 self.check_state_may_begin(parameter)
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.dtype == parameter.dtype:
                         state[name] = value.to(torch.float32)
-                state["master"] = parameter.detach().to(torch.float32)
-            masters.append(state["master"])
+                state[_powered.MASTER] = parameter.detach().to(torch.float32)
+            masters.append(state[_powered.MASTER])
         return masters
 
     # ---- torch.optim.Optimizer

@@ -49,6 +49,16 @@ class Geometry(NamedTuple):
             _pair(op, "dilation", dilation, 1),
         )
 
+    def gives_output(self, size: Sequence[int]) -> bool:
+        """Whether an image of (Y, X) has pixels, and gives some: what a call checks each time."""
+        (height, width), _, (above, beside), (down, across) = self
+        rows, columns = size
+        return (
+            min(rows, columns) > 0
+            and rows + 2 * above > down * (height - 1)
+            and columns + 2 * beside > across * (width - 1)
+        )
+
     def output_size(self, size: Sequence[int]) -> list[int]:
         """(Y', X') of the output for (Y, X) of the input."""
         return [

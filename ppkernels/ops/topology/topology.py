@@ -75,6 +75,14 @@ class Topology:
         self._shape = torch.Size(shape)
         self._transposed = None
 
+    @classmethod
+    def unchecked(cls, offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
+        """Without checks and copies: for the indices that a topology of this shape has had.
+
+        Kernels read memory by them.
+        """
+        return _made(offsets, columns, shape)
+
     # ---- from and to masks and weights
 
     @classmethod
@@ -283,7 +291,10 @@ class Topology:
         return _made(self._offsets.clone(), self._columns.clone(), self._shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Topology, (self._offsets, self._columns, tuple(self._shape))
+        # As int16, for pickle cannot load a tensor that is uint16 (torch.load can).
+        is_narrow = self._columns.dtype == torch.uint16
+        columns = self._columns.view(torch.int16) if is_narrow else self._columns
+        return _unpickled, (self._offsets, columns, tuple(self._shape))
 
 
 def _made(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
@@ -291,6 +302,12 @@ def _made(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
     topology = object.__new__(Topology)
     topology._set(offsets, columns, shape)
     return topology
+
+
+def _unpickled(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
+    """The topology out of a file, whose indices are checked as all others."""
+    is_narrow = isinstance(columns, Tensor) and columns.dtype == torch.int16
+    return Topology(offsets, columns.view(torch.uint16) if is_narrow else columns, shape)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -336,5 +353,5 @@ def check_topology(op: str, topology: Topology) -> None:
         raise TypeError(f"{op}: topology must be a pp.Topology, got {type(topology).__name__}")
 
 
-# torch.load with weights_only=True, its default, makes objects of known classes alone.
-torch.serialization.add_safe_globals([Topology])
+# torch.load with weights_only=True, its default, makes objects by what it knows alone.
+torch.serialization.add_safe_globals([_unpickled])

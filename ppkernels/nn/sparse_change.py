@@ -1,0 +1,145 @@
+"""Another topology for a sparse layer: what of its weight and its optimizer's state moves where."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ppkernels import _powered
+from ppkernels._checks import check_floating
+from ppkernels.ops import BitMask, Topology
+
+if TYPE_CHECKING:
+    from ppkernels.nn.sparse import Sparse
+
+
+class _Moved(NamedTuple):
+    """Where each entry of a new topology comes from: int64 [E'], and whether from anywhere."""
+
+    origin: Tensor
+    is_old: Tensor
+
+    def values(self, old: Tensor, grown: Tensor | float) -> Tensor:
+        """``old`` [E] at the entries there are now; ``grown`` [G], by place, at the others."""
+        new = old.new_empty(self.origin.shape)
+        new[self.is_old] = old[self.origin[self.is_old]]
+        new[~self.is_old] = grown if isinstance(grown, float) else grown.to(new.dtype)
+        return new
+
+
+def change_topology(
+    layer: Sparse,
+    drop: Tensor,
+    grow: Tensor,
+    values: Tensor | None,
+    optimizer: Optimizer | None,
+) -> Tensor:
+    """See `Sparse.change_topology`. All that is refused is found before anything is changed."""
+    op = f"{type(layer).__name__}.change_topology"
+    weight = layer._own_weight(op)
+    layers = _sharing(op, layer, weight)
+    _check_optimizer(op, weight, optimizer)
+    topology, origin = layer.topology.changed(drop, grow)
+    moved = _Moved(origin, origin >= 0)
+    grown = _stored(op, layer, grow, values)
+    new_weight = moved.values(weight.detach(), grown)
+    state = {} if optimizer is None else _moved_state(optimizer, weight, moved, grown)
+    masks = [_moved_masks(each, moved) for each in layers]
+    for each, own in zip(layers, masks, strict=True):
+        each._move(topology, new_weight, own)
+    if optimizer is not None:
+        optimizer.state[weight].update(state)
+    return origin
+
+
+def drawn(like: Tensor, topology: Topology) -> Tensor:
+    """θ for ``like``, drawn as torch.nn draws weights of this topology's shape, but never 0."""
+    bound = bound_of(topology)
+    values = torch.empty_like(like, requires_grad=False).uniform_(-bound, bound)
+    return values.masked_fill_(values == 0, bound)
+
+
+def bound_of(topology: Topology) -> float:
+    """torch.nn draws weight and bias between plus and minus this."""
+    return 1 / math.sqrt(max(topology.in_features, 1))
+
+
+def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give ``parameter`` other values, of any number; it stays the same object."""
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    # While a graph lives, autograd keeps what adds up the gradient, and expects one of the size
+    # from then; another dtype makes it forget.
+    parameter.data = values.new_empty(0, dtype=other)
+    parameter.data = values
+    # What the assignment does not do. So the backward pass of an older graph, whose indices are
+    # others, is an error.
+    torch.autograd.graph.increment_version(parameter)
+
+
+def _sharing(op: str, layer: Sparse, weight: nn.Parameter) -> list[Sparse]:
+    """All layers that have ``weight``."""
+    others = [other for other in _powered.masked_layers_of(weight) if other is not layer]
+    for other in others:
+        if not _powered.is_sparse(other) or other.topology != layer.topology:
+            raise ValueError(
+                f"{op}: {other} shares the weight and has another topology, so its values would no "
+                "longer be those of its entries"
+            )
+    return [layer, *cast(Any, others)]
+
+
+def _check_optimizer(op: str, weight: nn.Parameter, optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{op}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    groups = optimizer.param_groups
+    if not any(own is weight for group in groups for own in group["params"]):
+        raise ValueError(f"{op}: the {type(optimizer).__name__} does not have the layer's weight")
+
+
+def _stored(op: str, layer: Sparse, grow: Tensor, values: Tensor | None) -> Tensor:
+    """What the weight is to hold at the grown entries, by place; float32 at least."""
+    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    if values is None:
+        values = drawn(layer.weight.new_empty(grow.shape, dtype=wide), layer.topology)
+    check_floating(op, "values", values)
+    if values.shape != grow.shape:
+        raise ValueError(
+            f"{op}: values must have a value for each place of grow, {tuple(grow.shape)}, got "
+            f"{tuple(values.shape)}"
+        )
+    values = values.detach().to(grow.device, wide)
+    is_dead = _powered.is_powered(layer) and float(layer.alpha) > 1
+    if is_dead and bool((values == 0).any()):
+        raise ValueError(
+            f"{op}: values must not be 0 for a powered layer with alpha > 1, where such an entry "
+            "gets no gradient and stays 0"
+        )
+    return layer._stored(values[grow.argsort()])
+
+
+def _moved_masks(layer: Sparse, moved: _Moved) -> dict[str, BitMask]:
+    """Masks over the entries that there are now; set at the grown ones."""
+    return {
+        name: BitMask.pack(moved.values(mask.unpack(), 1.0))
+        for name, mask in layer._masks().items()
+    }
+
+
+def _moved_state(
+    optimizer: Optimizer, weight: nn.Parameter, moved: _Moved, grown: Tensor
+) -> dict[str, Tensor]:
+    """The state tensors that have a number for each entry, moved along."""
+    state = optimizer.state.get(weight, {})
+    return {
+        name: moved.values(value, grown if name == _powered.MASTER else 0.0)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == weight.shape
+    }
