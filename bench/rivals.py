@@ -6,7 +6,6 @@ bfloat16 are worth a comparison where the processor multiplies them in tiles (AM
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Iterator
@@ -141,19 +140,5 @@ def sparseprop_conv(plain: nn.Module) -> nn.Module:
     return SparseConv2d.from_dense(plain)
 
 
-def bfloat16(plain: nn.Module) -> nn.Module:
-    """The plain layer in bfloat16; its inputs have to be so too."""
-    return copy.deepcopy(plain).bfloat16()
-
-
-LINEAR: dict[str, Prepare] = {
-    BFLOAT16: bfloat16,
-    SPARSELAB: sparselab_linear,
-    SPARSEPROP: sparseprop_linear,
-}
-CONV: dict[str, Prepare] = {BFLOAT16: bfloat16, SPARSEPROP: sparseprop_conv}
-
-
-def present(rivals: dict[str, Prepare]) -> dict[str, Prepare]:
-    """Those of the rivals that can take part here."""
-    return {name: prepare for name, prepare in rivals.items() if name not in absent()}
+LINEAR: dict[str, Prepare] = {SPARSELAB: sparselab_linear, SPARSEPROP: sparseprop_linear}
+CONV: dict[str, Prepare] = {SPARSEPROP: sparseprop_conv}

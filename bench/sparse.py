@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from bench.models import Prepare
 from bench.rivals import BFLOAT16, CSR, CsrLinear
 from bench.row import CPU, Bar, Build, Call, Row
 
-DENSE = "dense"
+DENSE, CHANNELS_LAST = "dense", "dense, channels last"
 FEATURES = 2048
 KEPT = (0.2, 0.1, 0.05, 0.01)
 
@@ -125,12 +125,17 @@ def csr_call(csr: CsrLinear, passes: Passes, input: Tensor, grad_output: Tensor)
     return forward if passes == FORWARD else forward_backward
 
 
-def layer_pass(prepare: Prepare, passes: Passes, dtype: torch.dtype = torch.float32) -> Build:
-    """`layer_call` of a copy of the plain layer that ``prepare`` has prepared."""
+def layer_pass(prepare: Prepare, passes: Passes, **to: Any) -> Build:
+    """`layer_call` of a copy of the plain layer that ``prepare`` has prepared.
+
+    ``to`` is what .to() of layer and tensors takes: a dtype, a memory format.
+    """
 
     def build(x: SparseInputs) -> Call:
-        layer = prepare(copy.deepcopy(x.plain))
-        return layer_call(layer, passes, x.input.to(dtype), x.grad_output.to(dtype))
+        layer, tensors = prepare(copy.deepcopy(x.plain)), (x.input, x.grad_output)
+        if to:
+            layer, tensors = layer.to(**to), tuple(tensor.to(**to) for tensor in tensors)
+        return layer_call(layer, passes, *tensors)
 
     return build
 
@@ -140,13 +145,11 @@ def csr_pass(passes: Passes) -> Build:
     return lambda x: csr_call(CsrLinear(x.plain), passes, x.input, x.grad_output)
 
 
-def _others(layers: dict[str, Prepare], passes: Passes) -> dict[str, Build]:
-    """The rivals beside the dense layer that can take part here."""
-    return {
-        name: layer_pass(prepare, passes, torch.bfloat16 if name == BFLOAT16 else torch.float32)
-        for name, prepare in layers.items()
-        if name not in rivals.absent()
-    }
+def _others(layers: Mapping[str, Prepare], passes: Passes) -> dict[str, Build]:
+    """The rivals that can take part here, of those that not every machine has."""
+    builds = {name: layer_pass(prepare, passes) for name, prepare in layers.items()}
+    builds[BFLOAT16] = layer_pass(models.dense, passes, dtype=torch.bfloat16)
+    return {name: build for name, build in builds.items() if name not in rivals.absent()}
 
 
 def _absent(names: Sequence[str]) -> tuple[str, ...]:
@@ -192,7 +195,7 @@ def linear_row(
         rtol=1e-4,
         atol=1e-5,
         devices=CPU,
-        absent=_absent([CSR, *rivals.LINEAR]),
+        absent=_absent([CSR, BFLOAT16, *rivals.LINEAR]),
     )
 
 
@@ -211,17 +214,21 @@ def conv_row(kept: float, channels: int = 256, side: int = 14, batch: int = 32) 
             lambda size: (batch, size, side, side),
         ),
         ours=layer_pass(sparse_conv, BOTH),
-        rivals={DENSE: layer_pass(models.dense, BOTH), **others},
+        rivals={
+            DENSE: layer_pass(models.dense, BOTH),
+            CHANNELS_LAST: layer_pass(models.dense, BOTH, memory_format=torch.channels_last),
+            **others,
+        },
         other_work=(BFLOAT16,) if BFLOAT16 in others else (),
         size=channels,
         quick_size=32,
         unit="channels",
         flops=lambda size: _operations(BOTH, round(kept * 9 * size * size) * batch * side * side),
-        bars=(Bar("faster", limit, DENSE),) if limit else (),
+        bars=tuple(Bar("faster", limit, who) for who in (DENSE, CHANNELS_LAST) if limit),
         rtol=1e-4,
         atol=1e-5,
         devices=CPU,
-        absent=_absent(list(rivals.CONV)),
+        absent=_absent([BFLOAT16, *rivals.CONV]),
     )
 
 

@@ -61,6 +61,9 @@ def test_operations_are_those_of_the_entries() -> None:
     assert both(100) == 3 * forward(100)
 
 
+CONV = [(DENSE, 2), (sparse.CHANNELS_LAST, 2)]
+
+
 @pytest.mark.parametrize(
     ("name", "promised"),
     [
@@ -68,7 +71,7 @@ def test_operations_are_those_of_the_entries() -> None:
         ("spmm/forward/2048x2048/kept=0.1/batch=64", [(DENSE, 4), (rivals.CSR, 1.5)]),
         ("spmm/forward/2048x2048/kept=0.1/batch=256", [(rivals.CSR, 1.5)]),
         ("spmm/forward+backward/2048x2048/kept=0.2/batch=256", [(DENSE, 1.8)]),
-        ("sparse_conv/forward+backward/3x3/256-256/14x14/batch=32/kept=0.05", [(DENSE, 2)]),
+        ("sparse_conv/forward+backward/3x3/256-256/14x14/batch=32/kept=0.05", CONV),
         ("sparse_conv/forward+backward/3x3/256-256/14x14/batch=32/kept=0.2", []),
     ],
 )
@@ -117,7 +120,7 @@ def test_who_takes_no_part_is_said_once(
     finally:
         rivals.absent.cache_clear()
     assert set(rows[0].rivals) <= {DENSE, rivals.CSR}
-    assert set(conv.rivals) == {DENSE}
+    assert set(conv.rivals) == {DENSE, sparse.CHANNELS_LAST}
     assert not any("sparselab" in sentence for sentence in conv.absent)
     monkeypatch.setattr(command, "rows_on", lambda device: rows)
     monkeypatch.setattr(results, "failing_ops", lambda ops, device: {})
