@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if on_gpu and has_died(console):
         return 1
     sound = [row for row in rows if not failures.keys() & set(row.ops)]
+    for sentence in dict.fromkeys(sentence for row in sound for sentence in row.absent):
+        console.print(sentence, highlight=False)
     if options.memory:
         is_whole, found = weigh(console, sound, options)
     else:

@@ -31,6 +31,14 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in tiles, as far as Linux says."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+
+
 def facts(threads: int) -> dict[str, object]:
     """What a reader needs to compare numbers; nothing that names a host, a user or a path."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -93,6 +93,19 @@ def powered(
     return prepare
 
 
+def sparse(prepare: Prepare) -> Prepare:
+    """What ``prepare`` makes, with sparse linear layers: of the weights that are not 0 alone."""
+
+    def make_sparse(model: nn.Module) -> nn.Module:
+        model = prepare(model)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, nn.Linear):
+                model.set_submodule(name, pp.nn.SparseLinear.from_linear(layer))
+        return model
+
+    return make_sparse
+
+
 @dataclass(frozen=True)
 class Network:
     """A network at any size N, of which it says what N counts.

@@ -1,9 +1,9 @@
 """The rows: what is measured, against what. Adding an op is adding a row to `ROWS`.
 
 The elementwise ops are here, those on masks in masks.py, statistics in distribution.py, selections
-in selection.py, single layers in layers.py, whole training steps in training.py, and the
-optimizers' steps alone in update.py. φ is ``weight``, θ ``theta``, α ``alpha``; N is the number of
-elements.
+in selection.py, single layers in layers.py, sparse ones in sparse.py, whole training steps in
+training.py, and the optimizers' steps alone in update.py. φ is ``weight``, θ ``theta``, α
+``alpha``; N is the number of elements.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bench.masks import mask_rows
 from bench.products import product_rows
 from bench.row import CPU, GPU, Bar, Build, Row, dtype_name
 from bench.selection import select_rows
+from bench.sparse import sparse_rows
 from bench.training import training_rows
 from bench.update import update_rows
 
@@ -277,6 +278,7 @@ ROWS: tuple[Row, ...] = (
     *training_rows(),
     *update_rows(),
     *select_rows(),
+    *sparse_rows(),
 )
 """Every row, in the order in which they are measured and printed."""
 

@@ -103,6 +103,7 @@ class Row:
         devices: the kinds of devices it is measured on.
         gpu_size: N on a GPU, where it is another.
         gpu_rivals: rivals that take part on a GPU alone.
+        absent: sentences on rivals that cannot take part on this machine.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Row:
     devices: tuple[str, ...] = CPU + GPU
     gpu_size: int | None = None
     gpu_rivals: Mapping[str, Build] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     @property
     def contenders(self) -> dict[str, Build]:

@@ -23,9 +23,12 @@ from bench.models import CLASSES, Network, Prepare
 from bench.row import CPU, GPU, Bar, Build, Call, MemoryBar, Row
 
 DENSE, PHI, EAGER, COMPILED = "dense", "stores=phi", "eager", "compiled"
+MASKED, UNPOWERED = "masked", "not powered"
 
 OPS = ("power", "power_backward", "inverse_power", "sgd_step_", "adam_step_")
 """What the steps run on, with θ stored or φ."""
+
+SPARSE_OPS = (*OPS, "spmm", "spmm_grad_input", "spmm_grad_values")
 
 TRAINED_SHARE = 0.1
 """Of the weights under an update mask; the others are frozen at 0."""
@@ -187,6 +190,50 @@ def _row(
     )
 
 
+def _sparse_row(batch: int, optimizer: str) -> Row:
+    """Sparse layers of the weights that masks would train, powered and not, by their optimizers.
+
+    The rivals have the same zeros: the dense step trains them with all the others, the masked one
+    is ours without sparse layers.
+    """
+    alpha, network = 1.5, models.MLP_2048
+    both = OPTIMIZERS[optimizer]
+
+    def powered(is_sparse: bool) -> Build:
+        def build(inputs: TrainingInputs) -> Call:
+            prepare = models.powered(alpha, "theta", inputs.update_masks)
+            return training_step(models.sparse(prepare) if is_sparse else prepare, both.powered)(
+                inputs
+            )
+
+        return build
+
+    return Row(
+        name=f"training_step/{network.name}-sparse/batch={batch}/{optimizer}",
+        suite="training_step",
+        ops=SPARSE_OPS,
+        inputs=training_inputs(network, batch, is_masked=True),
+        ours=powered(is_sparse=True),
+        rivals={
+            UNPOWERED: training_step(models.sparse(models.dense), both.stock),
+            DENSE: training_step(models.dense, both.stock),
+            MASKED: powered(is_sparse=False),
+        },
+        size=network.size,
+        quick_size=network.quick_size,
+        unit=network.unit,
+        flops=lambda size: round(TRAINED_SHARE * network.flops(batch, size)),
+        bars=(
+            Bar("faster", 2.5, DENSE),
+            Bar("faster", 2.5, DENSE, UNPOWERED),
+            Bar("faster", 2.5, MASKED),
+        ),
+        # Sums over the entries have another order.
+        rtol=1e-4,
+        devices=CPU,
+    )
+
+
 def _dense_times(limit: float) -> tuple[Bar, ...]:
     return (Bar("times", limit, DENSE),)
 
@@ -221,6 +268,7 @@ def training_rows() -> list[Row]:
         _row(resnet, 16, "sgd", 1.5, is_weighed=True, devices=CPU),
         _row(resnet, 16, "adamw", 1.5, devices=CPU),
         _row(resnet, 16, "sgd", 1.5, is_masked=True, is_weighed=True, devices=CPU),
+        *(_sparse_row(128, name) for name in OPTIMIZERS),
         _row(mlp, 4096, "sgd", 1.5, devices=GPU),
         _row(mlp, 4096, "adamw", 1.5, devices=GPU),
         *(
