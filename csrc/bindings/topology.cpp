@@ -5,99 +5,16 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/indices.h"
 #include "bindings/masks.h"
 
 namespace ppkernels::bindings {
 namespace {
 
-// Indices are 32 bits wide.
-constexpr int64_t kIndexLimit = int64_t(1) << 31;
-
-ScalarType index_type(int64_t limit) {
-  return limit <= int64_t(1) << 16 ? ScalarType::UInt16 : ScalarType::Int;
-}
-
 const uint8_t* bytes_of(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 
 Tensor new_1d(const Tensor& like, int64_t size, ScalarType type) {
   return torch::stable::new_empty(like, {size}, type);
-}
-
-void check_list(const char* op, const char* name, const Tensor& t, ScalarType type) {
-  if (t.is_cpu() && t.scalar_type() == type && t.dim() == 1 && t.is_contiguous()) return;
-  require(false, op, ": ", name, " must be a contiguous 1-dim CPU tensor of ",
-          torch::headeronly::toString(type), ", got ", described(t));
-}
-
-// A topology's indices as kernels take them. That they are in range is trusted: `pp.Topology`
-// checks it, once.
-class Topology {
- public:
-  Topology(const char* op, const Tensor& offsets, const Tensor& columns, int64_t in_features)
-      : in_features(in_features), count(columns.numel()) {
-    check_list(op, "offsets", offsets, ScalarType::Int);
-    check_list(op, "columns", columns, index_type(in_features));
-    require(offsets.numel() > 0, op, ": offsets must have N + 1 numbers, got none");
-    rows = offsets.numel() - 1;
-    entries = {offsets.const_data_ptr<int32_t>(), columns.const_data_ptr(),
-               columns.scalar_type() == ScalarType::Int};
-  }
-
-  int64_t in_features, count, rows;
-  Entries entries;
-};
-
-// ---- threads
-
-// Rows cut into parts, one for each thread at most: part p is rows cut[p] ... cut[p + 1] − 1.
-using Cuts = std::vector<int64_t>;
-
-// How many threads a pass over `work` numbers is worth.
-int64_t parts_of(int64_t work) {
-  return std::clamp(work / kGrain, int64_t(1), int64_t(torch::stable::get_num_threads()));
-}
-
-// Parts of as many rows each.
-Cuts even_cuts(int64_t rows, int64_t parts) {
-  Cuts cut;
-  for (int64_t p = 0; p <= parts; ++p) cut.push_back(rows * p / parts);
-  return cut;
-}
-
-// Parts of as many entries each, a row counted as one more; they begin at multiples of `step`.
-Cuts cuts_of(const Topology& topology, int64_t parts, int64_t step = 1) {
-  const int32_t* offsets = topology.entries.offsets;
-  const int64_t all = topology.rows + topology.count;
-  Cuts cut = {0};
-  for (int64_t p = 1; p < parts; ++p) {
-    int64_t low = cut.back(), high = topology.rows;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (middle + offsets[middle] < all * p / parts) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    cut.push_back(std::min((low + step - 1) / step * step, topology.rows));
-  }
-  cut.push_back(topology.rows);
-  return cut;
-}
-
-Cuts cuts_of(const Topology& topology) {
-  return cuts_of(topology, parts_of(topology.rows + topology.count));
-}
-
-// Runs body(begin, end, p) for each part, in as many threads.
-template <class Body>
-void for_each_part_of(const Cuts& cut, const Body& body) {
-  const auto run = [&](int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p) body(cut[size_t(p)], cut[size_t(p + 1)], p);
-  };
-  const int64_t parts = int64_t(cut.size()) - 1;
-  if (parts == 1) return run(0, 1);
-  torch::stable::parallel_for(0, parts, 1, run);
 }
 
 // ---- from and to the bits of a mask
@@ -138,14 +55,14 @@ std::tuple<Tensor, Tensor> topology_of_mask(const Tensor& words, int64_t rows,
 }
 
 Tensor mask_of_topology(const Tensor& offsets, const Tensor& columns, int64_t in_features) {
-  const Topology topology("mask_of_topology", offsets, columns, in_features);
+  const Topology topology = spanning("mask_of_topology", offsets, columns, in_features);
   Tensor words = new_1d(offsets, mask_bytes(topology.rows * in_features), ScalarType::Byte);
   auto* to = static_cast<uint8_t*>(words.mutable_data_ptr());
   const auto kernel = topology_kernels(isa()).bits_of;
   // Eight rows are a whole number of bytes.
   const Cuts cut = cuts_of(topology, parts_of(topology.rows + topology.count), 8);
   for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t) {
-    kernel(topology.entries, in_features, begin, end, to);
+    kernel(topology.indices, in_features, begin, end, to);
   });
   return words;
 }
@@ -161,16 +78,17 @@ int64_t transposing_parts(const Topology& topology) {
 std::tuple<Tensor, Tensor, Tensor> transpose_topology(const Tensor& offsets, const Tensor& columns,
                                                       int64_t in_features, int64_t taps) {
   constexpr const char* kOp = "transpose_topology";
-  const Topology topology(kOp, offsets, columns, in_features);
+  const Topology topology = spanning(kOp, offsets, columns, in_features);
   require(taps >= 0 && topology.rows * taps <= kIndexLimit, kOp,
           ": rows * taps must be at most 2^31, got ", topology.rows, " * ", taps);
+  require(taps > 0 || topology.count == 0, kOp, ": taps must be a divisor of in_features, got 0");
   const TopologyKernels& kernels = topology_kernels(isa());
   const int64_t parts = transposing_parts(topology);
   const Cuts cut = cuts_of(topology, parts);
   // next[p·K + k]: how many entries part p has in column k, then where the next of them goes.
   std::vector<int32_t> next(static_cast<size_t>(parts * in_features), 0);
   for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
-    kernels.count_columns(topology.entries, begin, end, next.data() + p * in_features);
+    kernels.count_columns(topology.indices, begin, end, next.data() + p * in_features);
   });
 
   Tensor ends = new_1d(offsets, in_features + 1, ScalarType::Int);
@@ -192,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> transpose_topology(const Tensor& offsets, con
   int32_t* positions = order.mutable_data_ptr<int32_t>();
   const bool wide = rows.scalar_type() == ScalarType::Int;
   for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
-    kernels.transpose(topology.entries, in_features, taps, begin, end,
+    kernels.transpose(topology.indices, in_features, taps, begin, end,
                       next.data() + p * in_features, to, wide, positions);
   });
   return {ends, rows, order};
@@ -252,14 +170,14 @@ Tensor gather_kept(const Tensor& weight, const Tensor& offsets, const Tensor& co
           described(weight));
   int64_t in_features = 1;
   for (int64_t d = 1; d < weight.dim(); ++d) in_features *= weight.size(d);
-  const Topology topology(kOp, offsets, columns, in_features);
+  const Topology topology = spanning(kOp, offsets, columns, in_features);
   const Layout layout(weight);
   Tensor values = torch::stable::new_empty(weight, {topology.count});
   const void* from = weight.const_data_ptr();
   void* to = values.mutable_data_ptr();
   const auto kernel = topology_kernels(isa()).gather;
   for_each_part_of(cuts_of(topology), [&](int64_t begin, int64_t end, int64_t) {
-    kernel(topology.entries, from, layout.get(), begin, end, to);
+    kernel(topology.indices, from, layout.get(), begin, end, to);
   });
   return values;
 }
@@ -268,7 +186,7 @@ Tensor scatter_kept(const Tensor& values, const Tensor& offsets, const Tensor& c
                     int64_t in_features) {
   constexpr const char* kOp = "scatter_kept";
   check_element(kOp, "values", values);
-  const Topology topology(kOp, offsets, columns, in_features);
+  const Topology topology = spanning(kOp, offsets, columns, in_features);
   require(values.dim() == 1 && values.numel() == topology.count, kOp,
           ": values must have a number for each of the ", topology.count, " entries, got ",
           described(values));
@@ -281,7 +199,7 @@ Tensor scatter_kept(const Tensor& values, const Tensor& offsets, const Tensor& c
   // Zeros are most of the work, and each row has as many.
   const Cuts cut = even_cuts(topology.rows, parts_of(weight.numel()));
   for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t) {
-    kernel(topology.entries, in_features, from, bytes, begin, end, to);
+    kernel(topology.indices, in_features, from, bytes, begin, end, to);
   });
   return weight;
 }
@@ -293,7 +211,7 @@ using Changed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Changed change_topology(const Tensor& offsets, const Tensor& columns, int64_t in_features,
                         const Tensor& drop_, const Tensor& grow_) {
   constexpr const char* kOp = "change_topology";
-  const Topology topology(kOp, offsets, columns, in_features);
+  const Topology topology = spanning(kOp, offsets, columns, in_features);
   const Tensor drop = torch::stable::contiguous(drop_), grow = torch::stable::contiguous(grow_);
   check_list(kOp, "drop", drop, ScalarType::Long);
   check_list(kOp, "grow", grow, ScalarType::Long);
@@ -314,7 +232,7 @@ Changed change_topology(const Tensor& offsets, const Tensor& columns, int64_t in
   // What lies in the rows before row n, of both lists.
   const auto drops_before = [&](int64_t n) {
     const int64_t* end = dropped + drop.numel();
-    return std::lower_bound(dropped, end, int64_t(topology.entries.offsets[n])) - dropped;
+    return std::lower_bound(dropped, end, int64_t(topology.indices.offsets[n])) - dropped;
   };
   const auto grows_before = [&](int64_t n) {
     return std::lower_bound(grown, grown + grow.numel(), n * in_features) - grown;
@@ -323,9 +241,9 @@ Changed change_topology(const Tensor& offsets, const Tensor& columns, int64_t in
   std::vector<int64_t> twice(cut.size(), -1);
   for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
     const int64_t d = drops_before(begin), g = grows_before(begin);
-    const int64_t at = topology.entries.offsets[begin] - d + g;
+    const int64_t at = topology.indices.offsets[begin] - d + g;
     twice[size_t(p)] =
-        kernel(topology.entries, in_features, begin, end, dropped + d, drops_before(end) - d,
+        kernel(topology.indices, in_features, begin, end, dropped + d, drops_before(end) - d,
                grown + g, grows_before(end) - g, at, ends, to, from);
   });
   const auto place = std::find_if(twice.begin(), twice.end() - 1, [](int64_t p) { return p >= 0; });
@@ -339,14 +257,12 @@ Tensor topology_fault(const Tensor& offsets, const Tensor& columns, int64_t in_f
   const Topology topology("topology_fault", offsets, columns, in_features);
   Tensor fault = torch::stable::new_empty(offsets, {}, ScalarType::Long);
   const auto kernel = topology_kernels(isa()).fault;
-  const int32_t* ends = topology.entries.offsets;
-  TopologyFault worst = TopologyFault::kNone;
-  if (ends[0] != 0 || ends[topology.rows] != topology.count) worst = TopologyFault::kOffsets;
+  TopologyFault worst = topology.spans() ? TopologyFault::kNone : TopologyFault::kOffsets;
   // By rows: what the offsets say of the entries is not known to be true.
   const Cuts cut = even_cuts(topology.rows, parts_of(topology.rows + topology.count));
   std::vector<TopologyFault> found(cut.size(), TopologyFault::kNone);
   for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
-    found[size_t(p)] = kernel(topology.entries, in_features, topology.count, begin, end);
+    found[size_t(p)] = kernel(topology.indices, in_features, topology.count, begin, end);
   });
   for (TopologyFault each : found) {
     const bool is_first =

@@ -60,6 +60,7 @@ template <class C>
 void bits_as(const int32_t* offsets, const C* columns, int64_t in_features, int64_t begin,
              int64_t end, uint8_t* words) {
   const int64_t first = begin * in_features, last = end * in_features;
+  if (first == last) return;
   __builtin_memset(words + (first >> 3), 0, (size_t)(((last + 7) >> 3) - (first >> 3)));
   for (int64_t n = begin; n < end; ++n) {
     const int64_t start = n * in_features;
@@ -70,9 +71,9 @@ void bits_as(const int32_t* offsets, const C* columns, int64_t in_features, int6
   }
 }
 
-void bits_of_entry(const Entries& entries, int64_t in_features, int64_t begin, int64_t end,
+void bits_of_entry(const TopologyIndices& indices, int64_t in_features, int64_t begin, int64_t end,
                    uint8_t* words) {
-  const auto [offsets, columns, wide] = entries;
+  const auto [offsets, columns, wide] = indices;
   wide ? bits_as(offsets, (const int32_t*)columns, in_features, begin, end, words)
        : bits_as(offsets, (const uint16_t*)columns, in_features, begin, end, words);
 }
@@ -84,55 +85,94 @@ void count_as(const C* columns, int64_t begin, int64_t end, int32_t* counts) {
   for (int64_t e = begin; e < end; ++e) ++counts[columns[e]];
 }
 
-void count_columns_entry(const Entries& entries, int64_t begin, int64_t end, int32_t* counts) {
-  const auto [offsets, columns, wide] = entries;
+void count_columns_entry(const TopologyIndices& indices, int64_t begin, int64_t end,
+                         int32_t* counts) {
+  const auto [offsets, columns, wide] = indices;
   wide ? count_as((const int32_t*)columns, offsets[begin], offsets[end], counts)
        : count_as((const uint16_t*)columns, offsets[begin], offsets[end], counts);
 }
 
+// Note [Writing column by column]
+//
+// An entry is written to the end of its column's list, that is, anywhere: each column has two cache
+// lines, of rows and of order, that are being filled. Stores leave the processor in order, so one
+// that misses the cache holds up all that follow; hence the next line of a list is fetched when
+// this one is written to, which measured 1.5 to 2.4 times faster on 2048² at 10 and 20 % kept.
+// Weights of many columns have more lines than L2 holds: they are written a block of columns after
+// the other, which measured 1.5 to 2.2 times faster with 8192 and 65536 columns (blocks of 512 to
+// 4096 columns alike, the larger ones better where rows have few entries). Columns ascend within a
+// row, so that a block of a row is a run of its entries.
+constexpr int64_t kColumnBlock = 4096;
+constexpr int64_t kRowBlock = 1024;
+
+// k mod taps, exact for k and taps below 2^32.
+class Tap {
+ public:
+  explicit Tap(int64_t taps)
+      : taps_((uint64_t)(taps > 0 ? taps : 1)), inverse_(~(uint64_t)0 / taps_ + 1) {}
+  int64_t of(uint32_t k) const {
+    return (int64_t)(((unsigned __int128)(inverse_ * k) * taps_) >> 64);
+  }
+
+ private:
+  uint64_t taps_, inverse_;
+};
+
 template <bool kTaps, class C, class R>
-void transpose_to(const int32_t* offsets, const C* columns, int64_t taps, int64_t begin,
-                  int64_t end, int32_t* next, R* rows, int32_t* order) {
-  for (int64_t n = begin; n < end; ++n) {
-    for (int64_t e = offsets[n]; e < offsets[n + 1]; ++e) {
-      const uint32_t k = (uint32_t)columns[e];
-      const int64_t place = next[k]++;
-      rows[place] = (R)(kTaps ? n * taps + k % (uint32_t)taps : n);
-      order[place] = (int32_t)e;
+void transpose_to(const int32_t* offsets, const C* columns, int64_t in_features, int64_t taps,
+                  int64_t begin, int64_t end, int32_t* next, R* rows, int32_t* order) {
+  const Tap tap(taps);
+  int32_t at[kRowBlock];  // of each row its first entry that is not written yet
+  for (int64_t first = begin; first < end; first += kRowBlock) {
+    const int64_t last = first + kRowBlock < end ? first + kRowBlock : end;
+    for (int64_t n = first; n < last; ++n) at[n - first] = offsets[n];
+    for (int64_t stop = kColumnBlock; stop < in_features + kColumnBlock; stop += kColumnBlock) {
+      for (int64_t n = first; n < last; ++n) {
+        int32_t e = at[n - first];
+        for (; e < offsets[n + 1] && columns[e] < stop; ++e) {
+          const int64_t place = next[columns[e]]++;
+          rows[place] = (R)(kTaps ? n * taps + tap.of((uint32_t)columns[e]) : n);
+          order[place] = e;
+          __builtin_prefetch(rows + place + 64 / (int64_t)sizeof(R), 1);
+          __builtin_prefetch(order + place + 16, 1);
+        }
+        at[n - first] = e;
+      }
     }
   }
 }
 
 template <class C, class R>
-void transpose_as(const Entries& entries, int64_t in_features, int64_t taps, int64_t begin,
+void transpose_as(const TopologyIndices& indices, int64_t in_features, int64_t taps, int64_t begin,
                   int64_t end, int32_t* next, void* rows, int32_t* order) {
-  (void)in_features;
-  taps == 1 ? transpose_to<false>(entries.offsets, (const C*)entries.columns, taps, begin, end,
-                                  next, (R*)rows, order)
-            : transpose_to<true>(entries.offsets, (const C*)entries.columns, taps, begin, end, next,
-                                 (R*)rows, order);
+  taps == 1 ? transpose_to<false>(indices.offsets, (const C*)indices.columns, in_features, taps,
+                                  begin, end, next, (R*)rows, order)
+            : transpose_to<true>(indices.offsets, (const C*)indices.columns, in_features, taps,
+                                 begin, end, next, (R*)rows, order);
 }
 
-void transpose_entry(const Entries& entries, int64_t in_features, int64_t taps, int64_t begin,
-                     int64_t end, int32_t* next, void* rows, bool wide_rows, int32_t* order) {
+void transpose_entry(const TopologyIndices& indices, int64_t in_features, int64_t taps,
+                     int64_t begin, int64_t end, int32_t* next, void* rows, bool wide_rows,
+                     int32_t* order) {
   auto* const transpose =
-      entries.wide
+      indices.wide
           ? (wide_rows ? transpose_as<int32_t, int32_t> : transpose_as<int32_t, uint16_t>)
           : (wide_rows ? transpose_as<uint16_t, int32_t> : transpose_as<uint16_t, uint16_t>);
-  transpose(entries, in_features, taps, begin, end, next, rows, order);
+  transpose(indices, in_features, taps, begin, end, next, rows, order);
 }
 
 // ---- from and to a weight
 
 template <class U, class C>
-void gather_as(const Entries& entries, const char* weight, const WeightLayout& layout,
+void gather_as(const TopologyIndices& indices, const char* weight, const WeightLayout& layout,
                int64_t begin, int64_t end, void* values) {
-  const auto* columns = (const C*)entries.columns;
+  const auto* columns = (const C*)indices.columns;
   const auto [element_bytes, row_bytes, column_bytes, table] = layout;
   auto* out = (U*)values;
   for (int64_t n = begin; n < end; ++n) {
+    const int64_t first = indices.offsets[n], last = indices.offsets[n + 1];
+    if (first == last) continue;  // a weight of no columns may be a null pointer
     const char* row = weight + n * row_bytes;
-    const int64_t first = entries.offsets[n], last = entries.offsets[n + 1];
     if (table != nullptr) {
       for (int64_t e = first; e < last; ++e) out[e] = load_bits<U>(row + table[columns[e]]);
     } else if (column_bytes == element_bytes) {
@@ -144,72 +184,73 @@ void gather_as(const Entries& entries, const char* weight, const WeightLayout& l
 }
 
 template <class U, class C>
-void scatter_as(const Entries& entries, int64_t in_features, const void* values, int64_t begin,
-                int64_t end, void* weight) {
-  const auto* columns = (const C*)entries.columns;
+void scatter_as(const TopologyIndices& indices, int64_t in_features, const void* values,
+                int64_t begin, int64_t end, void* weight) {
+  const auto* columns = (const C*)indices.columns;
   const auto* from = (const U*)values;
+  if (in_features == 0) return;
   for (int64_t n = begin; n < end; ++n) {
     U* row = (U*)weight + n * in_features;
     // A row at a time, so that it is still in the cache for its values.
     __builtin_memset(row, 0, (size_t)in_features * sizeof(U));
-    for (int64_t e = entries.offsets[n]; e < entries.offsets[n + 1]; ++e) row[columns[e]] = from[e];
+    for (int64_t e = indices.offsets[n]; e < indices.offsets[n + 1]; ++e) row[columns[e]] = from[e];
   }
 }
 
 template <class U>
-void gather_elements(const Entries& entries, const void* weight, const WeightLayout& layout,
+void gather_elements(const TopologyIndices& indices, const void* weight, const WeightLayout& layout,
                      int64_t begin, int64_t end, void* values) {
   const auto* start = (const char*)weight;
-  entries.wide ? gather_as<U, int32_t>(entries, start, layout, begin, end, values)
-               : gather_as<U, uint16_t>(entries, start, layout, begin, end, values);
+  indices.wide ? gather_as<U, int32_t>(indices, start, layout, begin, end, values)
+               : gather_as<U, uint16_t>(indices, start, layout, begin, end, values);
 }
 
 template <class U>
-void scatter_elements(const Entries& entries, int64_t in_features, const void* values,
+void scatter_elements(const TopologyIndices& indices, int64_t in_features, const void* values,
                       int64_t begin, int64_t end, void* weight) {
-  entries.wide ? scatter_as<U, int32_t>(entries, in_features, values, begin, end, weight)
-               : scatter_as<U, uint16_t>(entries, in_features, values, begin, end, weight);
+  indices.wide ? scatter_as<U, int32_t>(indices, in_features, values, begin, end, weight)
+               : scatter_as<U, uint16_t>(indices, in_features, values, begin, end, weight);
 }
 
-void gather_entry(const Entries& entries, const void* weight, const WeightLayout& layout,
+void gather_entry(const TopologyIndices& indices, const void* weight, const WeightLayout& layout,
                   int64_t begin, int64_t end, void* values) {
   switch (layout.element_bytes) {
     case 1:
-      return gather_elements<uint8_t>(entries, weight, layout, begin, end, values);
+      return gather_elements<uint8_t>(indices, weight, layout, begin, end, values);
     case 2:
-      return gather_elements<uint16_t>(entries, weight, layout, begin, end, values);
+      return gather_elements<uint16_t>(indices, weight, layout, begin, end, values);
     case 4:
-      return gather_elements<uint32_t>(entries, weight, layout, begin, end, values);
+      return gather_elements<uint32_t>(indices, weight, layout, begin, end, values);
     case 8:
-      return gather_elements<uint64_t>(entries, weight, layout, begin, end, values);
+      return gather_elements<uint64_t>(indices, weight, layout, begin, end, values);
   }
 }
 
-void scatter_entry(const Entries& entries, int64_t in_features, const void* values,
+void scatter_entry(const TopologyIndices& indices, int64_t in_features, const void* values,
                    int64_t element_bytes, int64_t begin, int64_t end, void* weight) {
   switch (element_bytes) {
     case 1:
-      return scatter_elements<uint8_t>(entries, in_features, values, begin, end, weight);
+      return scatter_elements<uint8_t>(indices, in_features, values, begin, end, weight);
     case 2:
-      return scatter_elements<uint16_t>(entries, in_features, values, begin, end, weight);
+      return scatter_elements<uint16_t>(indices, in_features, values, begin, end, weight);
     case 4:
-      return scatter_elements<uint32_t>(entries, in_features, values, begin, end, weight);
+      return scatter_elements<uint32_t>(indices, in_features, values, begin, end, weight);
     case 8:
-      return scatter_elements<uint64_t>(entries, in_features, values, begin, end, weight);
+      return scatter_elements<uint64_t>(indices, in_features, values, begin, end, weight);
   }
 }
 
 // ---- entries dropped and grown
 
 template <class C>
-int64_t change_as(const Entries& entries, int64_t in_features, int64_t begin, int64_t end,
+int64_t change_as(const TopologyIndices& indices, int64_t in_features, int64_t begin, int64_t end,
                   const int64_t* drop, int64_t drops, const int64_t* grow, int64_t grows,
                   int64_t at, int32_t* new_offsets, C* new_columns, int64_t* origin) {
-  const auto* columns = (const C*)entries.columns;
+  const auto* columns = (const C*)indices.columns;
   int64_t d = 0, g = 0, refused = -1;
   for (int64_t n = begin; n < end; ++n) {
     const int64_t start = n * in_features, stop = start + in_features;
-    for (int64_t e = entries.offsets[n]; e < entries.offsets[n + 1]; ++e) {
+    for (int64_t e = indices.offsets[n]; e < indices.offsets[n + 1]; ++e) {
       if (d < drops && drop[d] == e) {
         ++d;
         continue;
@@ -232,12 +273,13 @@ int64_t change_as(const Entries& entries, int64_t in_features, int64_t begin, in
   return refused;
 }
 
-int64_t change_entry(const Entries& entries, int64_t in_features, int64_t begin, int64_t end,
-                     const int64_t* drop, int64_t drops, const int64_t* grow, int64_t grows,
-                     int64_t at, int32_t* new_offsets, void* new_columns, int64_t* origin) {
-  return entries.wide ? change_as(entries, in_features, begin, end, drop, drops, grow, grows, at,
+int64_t change_entry(const TopologyIndices& indices, int64_t in_features, int64_t begin,
+                     int64_t end, const int64_t* drop, int64_t drops, const int64_t* grow,
+                     int64_t grows, int64_t at, int32_t* new_offsets, void* new_columns,
+                     int64_t* origin) {
+  return indices.wide ? change_as(indices, in_features, begin, end, drop, drops, grow, grows, at,
                                   new_offsets, (int32_t*)new_columns, origin)
-                      : change_as(entries, in_features, begin, end, drop, drops, grow, grows, at,
+                      : change_as(indices, in_features, begin, end, drop, drops, grow, grows, at,
                                   new_offsets, (uint16_t*)new_columns, origin);
 }
 
@@ -261,9 +303,9 @@ TopologyFault fault_as(const int32_t* offsets, const C* columns, int64_t in_feat
                       : TopologyFault::kNone;
 }
 
-TopologyFault fault_entry(const Entries& entries, int64_t in_features, int64_t count, int64_t begin,
-                          int64_t end) {
-  const auto [offsets, columns, wide] = entries;
+TopologyFault fault_entry(const TopologyIndices& indices, int64_t in_features, int64_t count,
+                          int64_t begin, int64_t end) {
+  const auto [offsets, columns, wide] = indices;
   return wide ? fault_as(offsets, (const int32_t*)columns, in_features, count, begin, end)
               : fault_as(offsets, (const uint16_t*)columns, in_features, count, begin, end);
 }

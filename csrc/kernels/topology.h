@@ -14,7 +14,7 @@
 
 namespace ppkernels {
 
-struct Entries {
+struct TopologyIndices {
   const int32_t* offsets;
   const void* columns;
   bool wide;
@@ -42,24 +42,26 @@ struct TopologyKernels {
 
   // The opposite: the bits of the rows, as bytes of `words` from bit begin·K on, a multiple of 8.
   // The bits behind the last row, up to the end of its last byte, become 0.
-  void (*bits_of)(const Entries& entries, int64_t in_features, int64_t begin, int64_t end,
+  void (*bits_of)(const TopologyIndices& indices, int64_t in_features, int64_t begin, int64_t end,
                   uint8_t* words);
 
   // counts[k] += the number of entries in column k, for the entries of the rows.
-  void (*count_columns)(const Entries& entries, int64_t begin, int64_t end, int32_t* counts);
+  void (*count_columns)(const TopologyIndices& indices, int64_t begin, int64_t end,
+                        int32_t* counts);
 
   // The entries column by column: the first entry of these rows that stands in column k goes to
   // place next[k], and next[k] grows by 1. For entry e at (n, k), rows[place] = n·taps + k mod
   // taps, order[place] = e.
-  void (*transpose)(const Entries& entries, int64_t in_features, int64_t taps, int64_t begin,
-                    int64_t end, int32_t* next, void* rows, bool wide_rows, int32_t* order);
+  void (*transpose)(const TopologyIndices& indices, int64_t in_features, int64_t taps,
+                    int64_t begin, int64_t end, int32_t* next, void* rows, bool wide_rows,
+                    int32_t* order);
 
   // values[e] = the element of entry e, for the entries of the rows.
-  void (*gather)(const Entries& entries, const void* weight, const WeightLayout& layout,
+  void (*gather)(const TopologyIndices& indices, const void* weight, const WeightLayout& layout,
                  int64_t begin, int64_t end, void* values);
 
   // weight [N, K], row-major: the values at the entries of the rows, zero bytes elsewhere in them.
-  void (*scatter)(const Entries& entries, int64_t in_features, const void* values,
+  void (*scatter)(const TopologyIndices& indices, int64_t in_features, const void* values,
                   int64_t element_bytes, int64_t begin, int64_t end, void* weight);
 
   // The rows without some entries and with others. `drop`: positions of those to leave out, `grow`:
@@ -67,13 +69,13 @@ struct TopologyKernels {
   // to new_columns[at] and on, as wide as the old ones, and where each of them was to origin[at]
   // and on, −1 for grown ones; new_offsets[n + 1] = where row n ends. Returns the first place of
   // `grow` that an entry has which is left, or −1.
-  int64_t (*change)(const Entries& entries, int64_t in_features, int64_t begin, int64_t end,
+  int64_t (*change)(const TopologyIndices& indices, int64_t in_features, int64_t begin, int64_t end,
                     const int64_t* drop, int64_t drops, const int64_t* grow, int64_t grows,
                     int64_t at, int32_t* new_offsets, void* new_columns, int64_t* origin);
 
   // What is wrong with the rows of a topology of `count` entries; nothing is trusted.
-  TopologyFault (*fault)(const Entries& entries, int64_t in_features, int64_t count, int64_t begin,
-                         int64_t end);
+  TopologyFault (*fault)(const TopologyIndices& indices, int64_t in_features, int64_t count,
+                         int64_t begin, int64_t end);
 };
 
 // The kernels of one instruction set, which must be available.

@@ -74,8 +74,8 @@ def gather_kept(weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
     """The values of a weight at the entries of a topology: [E]. Not differentiable.
 
     Args:
-        weight: [N, ...], taken as the matrix [N, K] of its rows; any dtype whose elements have 1, 2,
-            4 or 8 bytes, and any strides: it is not copied.
+        weight: [N, ...], taken as the matrix [N, K] of its rows; any dtype whose elements have 1,
+            2, 4 or 8 bytes, and any strides: it is not copied.
         offsets, columns: the topology's, [N + 1] and [E].
     """
     if _backend.uses_reference():
@@ -124,8 +124,9 @@ def change_topology(
 def topology_fault(offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
     """Which rule the indices of a topology break: 0-dim int64, 0 if none.
 
-    1: offsets begin with 0, never descend, and end with E. 2: columns lie in 0 ... K − 1. 3: columns
-    ascend within each row. The first of these that is broken; no memory is read by an index.
+    1: offsets begin with 0, never descend, and end with E. 2: columns lie in 0 ... K − 1.
+    3: columns ascend within each row. The first of these that is broken; no memory is read where
+    an index that may be wrong points.
 
     Args:
         offsets, columns: int32 [N + 1], N + 1 > 0, and [E], of the dtype that goes with K.

@@ -84,8 +84,8 @@ def change_topology(
 def topology_fault(offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
     """Which rule the indices break, the first of these, 0-dim int64; 0 if none.
 
-    1: offsets begin with 0, never descend, and end with E. 2: columns lie in 0 ... K − 1. 3: columns
-    ascend within each row.
+    1: offsets begin with 0, never descend, and end with E. 2: columns lie in 0 ... K − 1.
+    3: columns ascend within each row.
     """
     ends, wide = offsets.long(), columns.long()
     fault = ends.new_zeros(())
