@@ -263,7 +263,7 @@ class Topology:
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self._shape))
-        on = "" if self.device.type in ("cpu", "meta") else f", {self.device}"
+        on = "" if self.device.type == "cpu" else f", {self.device}"
         return f"Topology({size}, {self.count()} of {self.numel()} kept{on})"
 
     def __eq__(self, other: object) -> bool:
@@ -290,7 +290,11 @@ class Topology:
         return _made(self._offsets.clone(), self._columns.clone(), self._shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Topology, (self._offsets, self._columns, tuple(self._shape))
+        columns = self._columns
+        # PyTorch's tensors of uint16 go into files, but not through pickle (2.14).
+        if columns.dtype == torch.uint16:
+            columns = columns.view(torch.int16)
+        return _unpickled, (self._offsets, columns, tuple(self._shape))
 
 
 def _made(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
@@ -298,6 +302,12 @@ def _made(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
     topology = object.__new__(Topology)
     topology._set(offsets, columns, shape)
     return topology
+
+
+def _unpickled(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
+    """What `Topology.__reduce__` has taken apart."""
+    is_narrow = columns.dtype == torch.int16
+    return Topology(offsets, columns.view(torch.uint16) if is_narrow else columns, shape)
 
 
 def _copied(index: Tensor) -> Tensor:
@@ -314,4 +324,4 @@ def _normal(index: Tensor) -> Tensor:
 
 
 # torch.load with weights_only=True, its default, makes objects of known classes alone.
-torch.serialization.add_safe_globals([Topology])
+torch.serialization.add_safe_globals([Topology, _unpickled])
