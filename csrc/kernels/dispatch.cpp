@@ -7,6 +7,7 @@
 #include "kernels/spmm.h"
 #include "kernels/statistics.h"
 #include "kernels/step.h"
+#include "kernels/topology.h"
 
 namespace ppkernels {
 
@@ -18,7 +19,8 @@ namespace ppkernels {
   extern const SparseConvKernels kSparseConv; \
   extern const SpmmKernels kSpmm;             \
   extern const StatisticsKernels kStatistics; \
-  extern const StepKernels kStep;
+  extern const StepKernels kStep;             \
+  extern const TopologyKernels kTopology;
 
 namespace baseline {
 PPKERNELS_DECLARE
@@ -89,5 +91,6 @@ const SparseConvKernels& sparse_conv_kernels(Isa isa) { PPKERNELS_PICK(kSparseCo
 const SpmmKernels& spmm_kernels(Isa isa) { PPKERNELS_PICK(kSpmm) }
 const StatisticsKernels& statistics_kernels(Isa isa) { PPKERNELS_PICK(kStatistics) }
 const StepKernels& step_kernels(Isa isa) { PPKERNELS_PICK(kStep) }
+const TopologyKernels& topology_kernels(Isa isa) { PPKERNELS_PICK(kTopology) }
 
 }  // namespace ppkernels
