@@ -70,7 +70,7 @@ class Topology:
         self._set(offsets.detach().clone(), columns.detach().clone(), sizes)
 
     def _set(self, offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> None:
-        self._offsets, self._columns = offsets, columns
+        self._offsets, self._columns = _savable(offsets), _savable(columns)
         self._shape = torch.Size(shape)
         self._transposed = None
 
@@ -124,7 +124,10 @@ class Topology:
         if self._transposed is None:
             taps = math.prod(self._shape[2:])
             found = transpose_topology(self._offsets, self._columns, self.in_features, taps)
-            self._transposed = Transposed(*found)
+            transposed = Transposed(*map(_savable, found))
+            if type(transposed.offsets) is not Tensor:
+                return transposed  # a tracer's, which has no values
+            self._transposed = transposed
         return self._transposed
 
     # ---- what it is
@@ -218,6 +221,14 @@ def _made(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
     topology = object.__new__(Topology)
     topology._set(offsets, columns, shape)
     return topology
+
+
+def _savable(index: Tensor) -> Tensor:
+    """``index``, or a copy if it was made in inference mode: autograd saves no such tensor."""
+    if torch.compiler.is_compiling() or not index.is_inference():
+        return index
+    with torch.inference_mode(False):
+        return index.clone()
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
