@@ -4,7 +4,7 @@ from ppkernels import _extension as _extension  # loads the kernels before any o
 from ppkernels import autograd, nn, ops, optim, reference, sparsity
 from ppkernels._backend import backend
 from ppkernels._extension import cpu_capability
-from ppkernels.nn import fold, powerize, set_alpha
+from ppkernels.nn import SparsifyPlan, densify, fold, footprint, powerize, set_alpha, sparsify
 from ppkernels.ops import (
     BitMask,
     Statistics,
@@ -42,6 +42,7 @@ __all__ = [
     "BitMask",
     "LayerReport",
     "Report",
+    "SparsifyPlan",
     "Statistics",
     "Topology",
     "adam_step_",
@@ -50,7 +51,9 @@ __all__ = [
     "backend",
     "count_bits",
     "cpu_capability",
+    "densify",
     "fold",
+    "footprint",
     "inverse_power",
     "nn",
     "ops",
@@ -71,6 +74,7 @@ __all__ = [
     "sparse_conv2d",
     "sparse_conv2d_grad_input",
     "sparse_conv2d_grad_values",
+    "sparsify",
     "sparsity",
     "spmm",
     "spmm_grad_input",

@@ -148,6 +148,11 @@ def is_sparse(module: object) -> TypeGuard[SparseLayer]:
     return id(module) in _layers and hasattr(type(module), "change_topology")
 
 
+def entries_of(layer: MaskedLayer) -> int:
+    """How many entries the weight has, those included that a sparse layer does not store."""
+    return layer.topology.numel() if is_sparse(layer) else layer.weight.numel()
+
+
 def masked_layers(module: nn.Module) -> dict[str, MaskedLayer]:
     """The layers with masks in ``module``, powered or plain; otherwise as `powered_layers`."""
     return {name: child for name, child in module.named_modules() if is_masked(child)}

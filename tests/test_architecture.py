@@ -16,6 +16,7 @@ PACKAGE = ROOT / "ppkernels"
 CSRC = ROOT / "csrc"
 
 SHARED = ("ppkernels._checks", "ppkernels._powered")
+FOR_USERS = ("ppkernels._optimizers", "ppkernels._text")
 CHECKED = ("ppkernels._checks", "ppkernels._backend")
 SEVERAL = ("ppkernels._many", "ppkernels._shares")
 BITS = "ppkernels.ops._bits"
@@ -45,6 +46,8 @@ IMPORTS = [
     ("_checks.py", ["torch.*"]),
     ("_many.py", ["torch.*"]),
     ("_shares.py", []),
+    ("_text.py", []),
+    ("_optimizers.py", ["torch.*"]),
     ("_powered.py", ["torch.*", "ppkernels.ops", "ppkernels._checks"]),
     ("autograd.py", ["ppkernels.ops.*"]),
     ("reference.py", ["ppkernels.ops.*"]),
@@ -102,14 +105,20 @@ IMPORTS = [
     ("ops/step/lists.py", ["torch.*", "{room}.*", "ppkernels._checks", BITS]),
     ("ops/step/constants.py", ["triton.*", "{room}.*", "ppkernels.ops._point"]),
     ("ops/bitmask/bitmask.py", ["torch.*", "{room}.*", "ppkernels._checks"]),
-    ("nn/*.py", [*USES_OPS, "ppkernels.autograd", "ppkernels._shares"]),
+    (
+        "nn/*.py",
+        [
+            *(*USES_OPS, *FOR_USERS, "ppkernels.autograd"),
+            *("ppkernels._extension", "ppkernels._shares"),
+        ],
+    ),
     ("optim/*.py", [*USES_OPS]),
-    ("sparsity/plots.py", ["matplotlib.*", "{room}.*"]),
+    ("sparsity/plots.py", ["matplotlib.*", "{room}.*", "ppkernels._text"]),
     (
         "sparsity/entries.py",
         [*USES_OPS, "ppkernels.nn", "ppkernels.nn.choice", "ppkernels.nn.checkpoint"],
     ),
-    ("sparsity/*.py", [*USES_OPS, "ppkernels.nn", "ppkernels._shares"]),
+    ("sparsity/*.py", [*USES_OPS, *FOR_USERS, "ppkernels.nn", "ppkernels._shares"]),
 ]
 PYTHON_FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

@@ -15,23 +15,29 @@ from ppkernels.nn.conv import (
     PowerConv3d,
 )
 from ppkernels.nn.convert import add_masks, fold, powerize
+from ppkernels.nn.footprint import Footprint, LayerFootprint, footprint
 from ppkernels.nn.linear import MaskedLinear, PowerLinear
 from ppkernels.nn.masks import Masked
+from ppkernels.nn.plan import PlannedLayer, SparsifyPlan
 from ppkernels.nn.powered import Powered, set_alpha
 from ppkernels.nn.sparse import Sparse
 from ppkernels.nn.sparse_conv import FoldedSparseConv2d, PowerSparseConv2d, SparseConv2d
 from ppkernels.nn.sparse_folded import FoldedSparse
 from ppkernels.nn.sparse_linear import FoldedSparseLinear, PowerSparseLinear, SparseLinear
+from ppkernels.nn.sparsify import densify, sparsify
 
 __all__ = [
     "FoldedSparse",
     "FoldedSparseConv2d",
     "FoldedSparseLinear",
+    "Footprint",
+    "LayerFootprint",
     "Masked",
     "MaskedConv1d",
     "MaskedConv2d",
     "MaskedConv3d",
     "MaskedLinear",
+    "PlannedLayer",
     "PowerConv1d",
     "PowerConv2d",
     "PowerConv3d",
@@ -42,9 +48,13 @@ __all__ = [
     "Sparse",
     "SparseConv2d",
     "SparseLinear",
+    "SparsifyPlan",
     "add_masks",
+    "densify",
     "fold",
+    "footprint",
     "init",
     "powerize",
     "set_alpha",
+    "sparsify",
 ]

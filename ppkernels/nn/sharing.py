@@ -1,4 +1,4 @@
-"""What `pp.powerize` and `pp.fold` refuse because somebody else reads, shares or has a weight."""
+"""Who reads, shares or has a weight, and what is refused because of that."""
 
 from __future__ import annotations
 
@@ -57,14 +57,22 @@ def check_powered_already(chosen: Chosen, stores: Stores) -> None:
 def check_no_readers(model: nn.Module, chosen: Chosen) -> None:
     """Nobody in ``model`` that is known to read a chosen layer's weight would take φ for θ."""
     names = {id(layer): name for name, (layer, _) in chosen.items()}
-    for reader_name, reader in model.named_modules():
+    for layer, reader in readers_of(model).values():
+        if id(layer) in names:
+            raise ValueError(
+                f"powerize: {called(names[id(layer)], layer)} cannot store phi, because {reader} "
+                "reads its weight and would take phi for theta; use stores='theta', or leave the "
+                "layer out with select"
+            )
+
+
+def readers_of(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """The layers whose weight somebody in ``model`` is known to read, by id, and who does."""
+    readers: dict[int, tuple[nn.Module, str]] = {}
+    for name, reader in model.named_modules():
         for layer in _read_by(reader):
-            if id(layer) in names:
-                raise ValueError(
-                    f"powerize: {called(names[id(layer)], layer)} cannot store phi, because "
-                    f"{called(reader_name, reader)} reads its weight and would take phi for "
-                    "theta; use stores='theta', or leave the layer out with select"
-                )
+            readers.setdefault(id(layer), (layer, called(name, reader)))
+    return readers
 
 
 def _read_by(reader: nn.Module) -> Iterator[nn.Module]:
@@ -81,12 +89,12 @@ def _read_by(reader: nn.Module) -> Iterator[nn.Module]:
 def check_ties(model: nn.Module, chosen: Chosen, stores: Stores) -> None:
     """Whoever shares a weight must agree on what it holds, and under which exponent."""
     wanted = {id(layer): alpha for layer, alpha in chosen.values()}
-    owners = _owners(model)
+    owners = owners_of(model)
     for name, (layer, alpha) in chosen.items():
         weight = weight_parameter(layer)
         if weight is None:
             continue  # powered before torch.nn.utils replaced it
-        for other, other_called in _others(layer, weight, owners):
+        for other, other_called in others_with(layer, weight, owners):
             pair = f"{called(name, layer)} and {other_called} share one weight"
             if is_powered(other):
                 _check_pair(pair, layer, alpha, stores, cast(Powered, other))
@@ -98,12 +106,12 @@ def check_ties(model: nn.Module, chosen: Chosen, stores: Stores) -> None:
 
 def check_one_mask(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
     """Whoever shares a weight that a mask hides in part has the same mask."""
-    owners = _owners(model)
+    owners = owners_of(model)
     for name, layer in layers.items():
         weight, module = weight_parameter(layer), cast(nn.Module, layer)
         if layer.mask is None or weight is None:
             continue
-        for other, other_called in _others(module, weight, owners):
+        for other, other_called in others_with(module, weight, owners):
             if not is_masked(other) or other.mask != layer.mask:
                 raise ValueError(
                     f"fold: {called(name, module)} and {other_called} share one weight, and the "
@@ -112,7 +120,8 @@ def check_one_mask(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
                 )
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """The modules in ``model`` that have each Parameter, by its id, with their names."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -121,7 +130,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def _others(
+def others_with(
     layer: nn.Module, weight: nn.Parameter, owners: dict[int, list[tuple[str, nn.Module]]]
 ) -> Iterator[tuple[nn.Module, str]]:
     """Who else has ``weight``: all in the model, and outside it layers with masks or a power."""

@@ -16,7 +16,7 @@ from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
 from ppkernels.nn.sparse_change import bound_of, change_topology, drawn, exchange_values
 from ppkernels.nn.sparse_folded import FoldedSparse
-from ppkernels.nn.sparse_kept import bits_at, dense_bits
+from ppkernels.nn.sparse_kept import bits_at, dense_bits, pruned_mask
 from ppkernels.ops import BitMask, Topology
 
 SparseT = TypeVar("SparseT", bound="Sparse")
@@ -98,12 +98,10 @@ class Sparse(Masked):
         """A dense layer with masks of this one's sizes, powered if this one is."""
         raise NotImplementedError
 
-    def _take(self, dense: nn.Module) -> None:
+    def _take(self, dense: nn.Module, kept: Topology | None) -> None:
         """Become the sparse layer of ``dense``, whose sizes this one has already."""
-        theta = (dense.theta if is_masked(dense) else dense.weight).detach()  # type: ignore[operator]
-        kept = BitMask.pack(theta != 0)
         update_mask = dense.update_mask if is_masked(dense) else None
-        topology = Topology.of_mask(kept if update_mask is None else kept | update_mask)
+        topology = Topology.of_mask(pruned_mask(dense)) if kept is None else kept
         self._topology = topology
         weight = cast(nn.Parameter, dense.weight)
         self.weight = nn.Parameter(topology.gather(weight), weight.requires_grad)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ppkernels import _powered
 from ppkernels._checks import check_floating
+from ppkernels.nn.guard import note_resized
 from ppkernels.ops import BitMask, Topology
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def bound_of(topology: Topology) -> float:
 
 def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
     """Give ``parameter`` other values, of any number, and no gradient; it stays the same object."""
+    former = parameter.shape
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     # While a graph lives, autograd keeps what adds up the gradient, and expects one of the size
     # from then; another dtype makes it forget.
@@ -80,6 +82,8 @@ def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
     # What the assignment does not do. So the backward pass of an older graph, whose indices are
     # others, is an error.
     torch.autograd.graph.increment_version(parameter)
+    if former != values.shape:
+        note_resized(parameter, former)
 
 
 def _sharing(op: str, layer: Sparse, weight: nn.Parameter) -> list[Sparse]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ppkernels._powered import weight_parameter
+from ppkernels._powered import is_masked, weight_parameter
 from ppkernels._shares import check_share, entries_of
 from ppkernels.nn.masks import Masked
 from ppkernels.ops import BitMask, Topology
 
+# What the compiled products take; all else runs by the reference, which is there to be right.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 # A share of the entries at random, or which.
 Kept = float | Topology | BitMask
 
@@ -41,6 +44,15 @@ def topology_of(op: str, kept: Kept, shape: tuple[int, ...]) -> Topology:
 
 
 # ---- masks, of the dense weight and over the values
+
+
+@torch.no_grad()
+def pruned_mask(dense: nn.Module) -> BitMask:
+    """What is left of a dense layer's weight: θ is not 0, or an ``update_mask`` trains it."""
+    theta = cast(Tensor, dense.theta if is_masked(dense) else dense.weight)
+    left = BitMask.pack(theta.detach() != 0)
+    update_mask = dense.update_mask if is_masked(dense) else None
+    return left if update_mask is None else left | update_mask
 
 
 def bits_at(topology: Topology, mask: BitMask | None) -> BitMask | None:
@@ -81,7 +93,7 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
         return "its weight is no Parameter of its own (torch.nn.utils has normalised or pruned it)"
     if weight.is_meta:
         return "its weight is on the meta device, where tensors have no values"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
+    if weight.dtype not in KERNEL_DTYPES:
         return f"its weight is {weight.dtype}, and the kernels have float32 and bfloat16"
     return None
 

@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ppkernels._checks import check_model
+from ppkernels._optimizers import optimizers_of
 from ppkernels._powered import Keep
 from ppkernels.nn import set_alpha
 from ppkernels.sparsity.layers import Select, unwrapped
-from ppkernels.sparsity.momentum import check_follows, follow_alpha, optimizers_of
+from ppkernels.sparsity.momentum import check_follows, follow_alpha
 from ppkernels.sparsity.phases import (
     Decision,
     Entries,
@@ -100,9 +101,10 @@ class AdaptiveAlpha:
             it: on MNIST (784-256-10, SGD of rate 0.1, momentum 0.9, φ kept, one seed) the virtual
             rule did at α = 3.8; the chain rule lost accuracy from 5.3 on and diverged at 10.6.
         per_layer: adapt each layer by its own sparsity. Otherwise all have one α.
-        entries: which entries are counted: ``"all"``, those that ``mask`` hides as 0; or
-            ``"trained"``, those whose bits in ``mask`` and ``update_mask`` are not 0, so that
-            pruning does not count as the merit of α. A layer without such entries keeps its α.
+        entries: which entries are counted: ``"all"``, those that ``mask`` hides or a sparse layer
+            does not store as 0; or ``"trained"``, those whose bits in ``mask`` and ``update_mask``
+            are not 0, so that pruning does not count as the merit of α. A layer without such
+            entries keeps its α.
         select: which powered layers: the names of some, or a function of name and layer. By default
             those whose weight requires a gradient at this moment. All others keep their α, unless
             they share a weight with one of these.
@@ -147,7 +149,7 @@ class AdaptiveAlpha:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
     ) -> None:
         self.options = Options(epsilon, period, cr, cd, keep, alpha_max, per_layer, entries)
-        self._optimizers = optimizers_of(optimizer)
+        self._optimizers = optimizers_of("AdaptiveAlpha", optimizer)
         if keep == "theta" and not self._optimizers:
             raise TypeError(
                 "AdaptiveAlpha: keep='theta' makes phi another one, and an optimizer's averages of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ppkernels import _powered
-from ppkernels._powered import MaskedLayer
+from ppkernels._powered import MaskedLayer, is_sparse
 from ppkernels.nn import add_masks
 from ppkernels.nn.checkpoint import MASKS
 from ppkernels.nn.choice import ADD_MASKS, MASKED, called, selected_layers
@@ -99,6 +99,7 @@ class Entries:
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights by the name of their layer; one that several layers share comes once."""
+        _check_not_sparse(self.layers, RuntimeError)
         made = "layer with masks that it was when the pruner was made"
         hint = " (and pp.fold a model when all is pruned)"
         check_present("Pruner", made, self.model, self.layers, _powered.is_masked, hint)
@@ -265,7 +266,20 @@ def _chosen(model: nn.Module, select: Select | None) -> dict[str, MaskedLayer]:
         _check_trained(model)
     layers = selected_layers(_PRUNE, model, _is_trained if select is None else select)
     # A set has another order in each process.
-    return {name: cast(MaskedLayer, layers[name]) for name in every if name in layers}
+    found = {name: cast(MaskedLayer, layers[name]) for name in every if name in layers}
+    _check_not_sparse(found, TypeError)
+    return found
+
+
+def _check_not_sparse(layers: Mapping[str, MaskedLayer], error: type[Exception]) -> None:
+    """No layer stores kept entries alone: what is pruned there would still be stored."""
+    for name, layer in layers.items():
+        if is_sparse(layer):
+            raise error(
+                f"Pruner: {called(name, cast(nn.Module, layer))} cannot be pruned: it is sparse. "
+                "What it does not store stays 0 without a pruner; to prune further, pp.densify the "
+                "model, prune it, and pp.sparsify it again, or leave the layer out with select"
+            )
 
 
 def _is_trained(name: str, layer: nn.Module) -> bool:

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from ppkernels._optimizers import group_of, innermost
 from ppkernels._powered import PoweredLayer, weight_parameter
 
 # Averages of the gradient, and of its square: how often the factor of the gradient is in them.
 _DEGREES = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 # States of a weight's shape that are no averages of gradients.
 _OTHERS = ("master",)
-
-
-def optimizers_of(optimizer: Any) -> list[Optimizer]:
-    """One optimizer, several or none, as a list."""
-    if optimizer is None:
-        return []
-    wanted = "AdaptiveAlpha: optimizer must be a torch.optim.Optimizer or several, got "
-    if isinstance(optimizer, Optimizer):
-        return [optimizer]
-    if not isinstance(optimizer, Iterable):
-        raise TypeError(wanted + type(optimizer).__name__)
-    optimizers = list(optimizer)
-    for other in optimizers:
-        if not isinstance(other, Optimizer):
-            raise TypeError(wanted + type(other).__name__)
-    return optimizers
 
 
 def check_follows(optimizers: Sequence[Optimizer], layers: Mapping[str, PoweredLayer]) -> None:
@@ -42,7 +27,7 @@ def check_follows(optimizers: Sequence[Optimizer], layers: Mapping[str, PoweredL
     """
     for name, layer in layers.items():
         weight = layer.weight
-        holding = [each for each in optimizers if _group(each, weight) is not None]
+        holding = [each for each in optimizers if group_of(each, weight) is not None]
         if weight.requires_grad and not holding:
             classes = ", ".join(type(each).__name__ for each in optimizers)
             raise ValueError(
@@ -50,7 +35,7 @@ def check_follows(optimizers: Sequence[Optimizer], layers: Mapping[str, PoweredL
                 f"has to follow, and none of those given ({classes}) holds the weight of {name!r}"
             )
         for optimizer in holding:
-            _check_state(_innermost(optimizer), name, layer)
+            _check_state(innermost(optimizer), name, layer)
 
 
 def _check_state(optimizer: Optimizer, name: str, layer: PoweredLayer) -> None:
@@ -81,7 +66,7 @@ def follow_alpha(optimizer: Optimizer, layer: PoweredLayer, before: float, after
     ∂L/∂φ' = ∂L/∂φ · dφ/dφ', and dφ/dφ' = (α'/α)·|θ|^(1/α − 1/α'). Where θ = 0 and α' < α that is
     infinite, and the averages begin anew at 0. Averages of ∂L/∂θ, those of the virtual rule, stay.
     """
-    state = _state(_innermost(optimizer), layer)
+    state = _state(innermost(optimizer), layer)
     if not any(name in state for name in _DEGREES):
         return
     # |θ|^(1/α − 1/α') = |φ'|^(α'/α − 1)
@@ -95,26 +80,11 @@ def follow_alpha(optimizer: Optimizer, layer: PoweredLayer, before: float, after
             state[name].mul_(factor if degree == 1 else factor.square())
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that has the states: ZeroRedundancyOptimizer and its like step another one."""
-    while isinstance(inner := getattr(optimizer, "optim", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def _group(optimizer: Optimizer, weight: Tensor | None) -> dict[str, Any] | None:
-    """The parameter group that has ``weight``."""
-    for group in optimizer.param_groups:
-        if any(parameter is weight for parameter in group["params"]):
-            return group
-    return None
-
-
 def _state(optimizer: Optimizer, layer: PoweredLayer) -> dict[str, Any]:
     """What ``optimizer`` keeps of ∂L/∂φ for ``layer``'s weight; nothing where it averages ∂L/∂θ."""
     weight = weight_parameter(layer)
     # A part of a sharded state may be that of other weights.
-    group = None if weight is None else _group(optimizer, weight)
+    group = None if weight is None else group_of(optimizer, weight)
     if weight is None or group is None:
         return {}
     averages_theta = layer.stores == "theta" and group.get("rule") == "virtual"

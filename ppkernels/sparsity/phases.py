@@ -15,6 +15,7 @@ from ppkernels._powered import (
     Keep,
     PoweredLayer,
     alpha_of_stored,
+    entries_of,
     is_powered,
     powered_layers,
     powered_layers_of,
@@ -187,8 +188,8 @@ def sparsity_of(
         below = sum(found[layer].below[epsilon] for layer in phase.layers)
         count = seen = sum(found[layer].count for layer in phase.layers)
         if options.entries == "all":
-            count = sum(layer.weight.numel() for layer in phase.layers.values())
-        # What a mask hides is 0 to the network.
+            count = sum(map(entries_of, phase.layers.values()))
+        # What a mask hides, or a sparse layer does not store, is 0 to the network.
         shares[name] = (below + count - seen) / count if count else math.nan
     if all(map(math.isnan, shares.values())):
         raise ValueError(

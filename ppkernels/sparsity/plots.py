@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ppkernels._text import shortened
 from ppkernels.sparsity.seen import epsilon_text
-from ppkernels.sparsity.table import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -90,6 +90,10 @@ class Pruner:
     that torch.nn.utils has parametrized, normalised or pruned, quantized ones. `kept` has a line
     for each layer that is not left out.
 
+    Sparse layers (`pp.sparsify`) are refused, unless ``select`` leaves them out, and so is a call
+    of a pruner whose layers became sparse: `pp.densify` the model to prune it further, with the
+    same pruner or another one.
+
     Checkpoints: save ``model.state_dict()``, the optimizer's, and `state_dict`. To resume, load the
     model first, then the pruner, into new ones or the same: training goes on bit for bit as if
     nothing had happened. Loading restores masks that the model's checkpoint does not have. The
@@ -117,7 +121,7 @@ class Pruner:
 
     Raises:
         TypeError: arguments of another kind; a weight of a subclass of Parameter (a sharded one); a
-            lazy layer.
+            lazy layer; a sparse one.
         ValueError: no layer to prune; choices that do not go together, or with these layers.
         RuntimeError: a weight that torch.nn.utils has parametrized or pruned.
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from ppkernels._checks import check_floating, check_model, check_numbers, check_whole
-from ppkernels._powered import alpha_of_stored, is_powered, weight_parameter
+from ppkernels._checks import check_model, check_numbers, check_whole
+from ppkernels._powered import alpha_of_stored, is_powered
 from ppkernels.ops import BitMask, Statistics
-from ppkernels.sparsity.layers import check_whole_weight, shown, unwrapped
+from ppkernels.sparsity.layers import unwrapped
+from ppkernels.sparsity.listed import SPARSE, listed, sources_of, weight_of
 from ppkernels.sparsity.seen import epsilon_text, seen
 
 
@@ -29,13 +27,13 @@ class LayerReport:
         name: the layer's name in the model; ``"total"`` for all.
         tied: names of other layers that have the same weight.
         kind: the layer's class; empty for all.
-        shape: of the weight; None for all.
+        shape: of the weight, of a sparse layer that of the dense one; None for all.
         dtype: of the weight, ``"float32"`` say; where layers differ, None for all.
         alpha: α; None for a plain layer, and for all where they differ.
         stores: ``"theta"`` or ``"phi"``; None for a plain layer, and for all where they differ.
         kept: how many entries have θ ≠ 0.
-        frozen: how many entries no step moves: the bit of ``update_mask`` is 0, or no Parameter
-            that the weight comes from requires a gradient.
+        frozen: how many entries no step moves: the bit of ``update_mask`` is 0, a sparse layer does
+            not store them, or no Parameter that the weight comes from requires a gradient.
         statistics: of θ, an entry that ``mask`` hides being 0; the histogram is from −m to m, m the
             largest |θ|; none for all.
         bytes_dense: entries · bytes of one.
@@ -188,10 +186,11 @@ def report(
 ) -> Report:
     """What the weights of ``model`` are, layer by layer: kept, frozen, small, their size in bytes.
 
-    Listed are powered layers, and all others of the classes nn.Linear and nn.Conv*, transposed ones
-    and subclasses included, masked or plain. All numbers are of θ as the network sees it: powered,
-    and 0 where a mask hides it. A weight that layers share comes once, under the first one's name.
-    DistributedDataParallel, DataParallel and torch.compile around the model are looked through.
+    Listed are powered and sparse layers, and all others of the classes nn.Linear and nn.Conv*,
+    transposed ones and subclasses included, masked or plain. All numbers are of θ as the network
+    sees it: powered, and 0 where a mask hides it or a sparse layer does not store it. A weight that
+    layers share comes once, under the first one's name. DistributedDataParallel, DataParallel and
+    torch.compile around the model are looked through.
     Nothing of the model changes: a parametrized weight is computed as in evaluation.
 
     Each weight is read twice: for the extremes, sums and counts, and for the histogram, whose range
@@ -226,8 +225,8 @@ def report(
     model = unwrapped(model)
     found: dict[int, tuple[str, nn.Module, Tensor, list[str]]] = {}
     own: set[int] = set()
-    for name, layer in _layers(model):
-        weight, sources = _weight_of(name, layer), _sources(layer)
+    for name, layer in listed(model):
+        weight, sources = weight_of(name, layer), sources_of(layer)
         # What the weight comes from is a parameter of its own under torch.nn.utils.
         is_own = any(each is weight for each in sources)
         key = id(weight) if is_own else id(layer)
@@ -248,49 +247,6 @@ def report(
     return Report(layers, _total(layers), others)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules():
-        if is_powered(module) or isinstance(module, (nn.Linear, _ConvNd)):
-            name = shown(path, module)
-            if isinstance(module, LazyModuleMixin):
-                raise ValueError(f"report: {name!r} is lazy; run a batch through the model first")
-            yield name, cast(nn.Module, module)
-
-
-def _weight_of(name: str, layer: nn.Module) -> Tensor:
-    """The weight of ``layer``, read once and as in evaluation, which leaves no traces.
-
-    A parametrization computes it anew at each look, and spectral_norm's goes on with its power
-    iteration where the layer is in training.
-    """
-    modes = [(module, module.training) for module in layer.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            weight = cast(Tensor, layer.weight)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    check_whole_weight("report", name, weight)
-    check_floating("report", f"the weight of {name!r}", weight)
-    if weight.is_meta:
-        raise ValueError(f"report: {name!r} is on the meta device and holds no values")
-    return weight
-
-
-def _sources(layer: nn.Module) -> list[nn.Parameter]:
-    """The Parameters that the weight comes from; torch.nn.utils puts others in its place."""
-    weight = weight_parameter(layer)
-    if weight is not None:
-        return [weight]
-    return [
-        parameter
-        for name, parameter in layer.named_parameters()
-        if name.removeprefix("parametrizations.").startswith("weight")
-    ]
-
-
 def _layer_report(
     name: str,
     layer: nn.Module,
@@ -301,17 +257,20 @@ def _layer_report(
 ) -> LayerReport:
     powered = layer if is_powered(layer) else None
     mask, update_mask = (_mask_of(layer, each) for each in ("mask", "update_mask"))
-    entries, size = weight.numel(), weight.element_size()
-    found, zeros = seen(name, weight.detach(), alpha_of_stored(layer), mask, epsilons, bins)
-    sources: Sequence[Tensor] = _sources(layer) or [weight]
+    topology = layer.topology if isinstance(layer, SPARSE) else None
+    shape = weight.shape if topology is None else topology.shape
+    entries, size = math.prod(shape), weight.element_size()
+    alpha = alpha_of_stored(layer)
+    found, zeros = seen(name, weight.detach(), alpha, mask, epsilons, bins, entries)
+    sources: Sequence[Tensor] = sources_of(layer) or [weight]
     is_trained = any(source.requires_grad for source in sources)
-    trained = (entries if update_mask is None else update_mask.count()) if is_trained else 0
+    trained = (weight.numel() if update_mask is None else update_mask.count()) * is_trained
     kept = entries - zeros
     return LayerReport(
         name=name,
         tied=tied,
         kind=type(layer).__name__,
-        shape=tuple(weight.shape),
+        shape=tuple(shape),
         dtype=str(weight.dtype).removeprefix("torch."),
         alpha=None if powered is None else float(powered.alpha),
         stores=None if powered is None else powered.stores,

@@ -19,10 +19,11 @@ def seen(
     mask: BitMask | None,
     epsilons: Sequence[float],
     bins: int,
+    entries: int,
 ) -> tuple[Statistics, int]:
-    """The statistics of θ as the network sees it, and how many of its entries are 0.
+    """The statistics of θ as the network sees it, and how many of its ``entries`` are 0.
 
-    ``alpha`` is that of a φ in ``weight``; ε are distinct.
+    ``alpha`` is that of a φ in ``weight``; ε are distinct. What is hidden, or not stored, is 0.
     """
     # Nothing but 0 is below the least number of the dtype.
     limits = torch.finfo(weight.dtype)
@@ -47,7 +48,7 @@ def seen(
         ends = (-largest, largest)
         counted = statistics(one, (), alpha, bins=bins, range=ends, within=within)[name]
         found = replace(found, histogram=counted.histogram, range=ends)
-    found = _with_zeros(found, weight.numel() - found.count)
+    found = _with_zeros(found, entries - found.count)
     zeros = found.counts_below[-1]
     return replace(found, epsilons=tuple(epsilons), counts_below=found.counts_below[:-1]), zeros
 

@@ -34,6 +34,52 @@ def tied_model() -> type[nn.Module]:
     return TiedModel
 
 
+class ConvNet(nn.Module):
+    """Convolutions, a norm, groups, a layer that is called twice and one that is not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.second = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.drop = nn.Dropout(0.5)
+        self.flat = nn.Linear(64, 24)
+        self.twice = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 10)
+        self.spare = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x)).relu()
+        x = self.second(self.grouped(x).relu()).relu()
+        x = self.drop(self.flat(x.flatten(1)).relu())
+        return self.head(self.twice(self.twice(x).relu()).relu())
+
+
+def _pruned(kind: str = "plain", kept: float = 0.3) -> ConvNet:
+    """The network with ``kept`` of each layer's weights left, powered if ``kind`` is a word for it.
+
+    ``"zeros"``: plain layers that have zeros, and no masks.
+    """
+    model = ConvNet()
+    if kind in ("theta", "phi"):
+        pp.powerize(model, 1.5, kind)
+    pp.sparsity.Pruner(model, pp.sparsity.OneShot(kept), distribution=pp.sparsity.Uniform()).prune()
+    return pp.fold(model) if kind == "zeros" else model
+
+
+@pytest.fixture
+def pruned() -> Callable[..., nn.Module]:
+    """``pruned(kind, kept)``: a pruned network for images of 3x4x4."""
+    return _pruned
+
+
+@pytest.fixture
+def faster() -> Callable[..., tuple[float, float]]:
+    """A measure that finds every sparse layer twice as fast."""
+    return lambda dense, sparse, calls, training: (2e-3, 1e-3)
+
+
 # A dense layer, and the input that it is given.
 DENSE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(24, 10), (6, 24)),
