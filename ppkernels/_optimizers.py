@@ -68,7 +68,8 @@ def state_tensors(
     found = []
     for optimizer in map(innermost, optimizers):
         state = optimizer.state.get(weight, {})
-        unknown = ["old_dirs"] if isinstance(optimizer, LBFGS) and state else []
+        # It keeps one flat history of all weights, under the first of them.
+        unknown = ["old_dirs"] if isinstance(optimizer, LBFGS) and optimizer.state else []
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim() > 0 and _is_beside(value, weight):
                 found.append(StateTensor(state, key))
