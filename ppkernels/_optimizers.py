@@ -68,9 +68,10 @@ def state_tensors(
     found = []
     for optimizer in map(innermost, optimizers):
         state = optimizer.state.get(weight, {})
-        unknown = ["old_dirs"] if isinstance(optimizer, LBFGS) and state else []
+        # It keeps one flat history of all weights, under the first of them.
+        unknown = ["old_dirs"] if isinstance(optimizer, LBFGS) and optimizer.state else []
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape == weight.shape:
+            if isinstance(value, Tensor) and value.dim() > 0 and _is_beside(value, weight):
                 found.append(StateTensor(state, key))
             elif not (value is None or isinstance(value, (bool, int, float, str))) and not (
                 isinstance(value, Tensor) and value.dim() == 0
@@ -84,3 +85,9 @@ def state_tensors(
                 "before the first step"
             )
     return found
+
+
+def _is_beside(value: Tensor, weight: Tensor) -> bool:
+    """Whether ``value`` has a number for each entry of ``weight``, on its device."""
+    is_same = value.shape == weight.shape and value.device == weight.device
+    return is_same and value.is_floating_point()

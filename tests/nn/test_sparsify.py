@@ -239,6 +239,10 @@ def test_states_that_do_not_follow(pruned: Make, faster: Any) -> None:
         pp.sparsify(model, images(), optimizer=optimizer, measure=faster)
     assert not any(isinstance(each, pp.nn.Sparse) for each in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    history = torch.optim.LBFGS(model.parameters(), max_iter=1)
+    history.step(lambda: seeded(model, images()).square().mean())
+    with pytest.raises(RuntimeError, match="'old_dirs' in the state that LBFGS keeps"):
+        pp.sparsify(model, images(), optimizer=history, select=["head"], measure=faster)
     with pytest.raises(TypeError, match=r"sparsify: optimizer must be a torch\.optim\.Optimizer"):
         pp.sparsify(model, images(), optimizer=[3])
 
