@@ -6,7 +6,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ppkernels import _powered
 from ppkernels._powered import is_masked, is_powered
@@ -14,7 +13,13 @@ from ppkernels.autograd import Power
 from ppkernels.nn.checkpoint import INDICES, MASKS, taken_topology
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
-from ppkernels.nn.sparse_change import bound_of, change_topology, drawn, exchange_values
+from ppkernels.nn.sparse_change import (
+    Optimizers,
+    bound_of,
+    change_topology,
+    drawn,
+    exchange_values,
+)
 from ppkernels.nn.sparse_folded import FoldedSparse
 from ppkernels.nn.sparse_kept import bits_at, dense_bits, pruned_mask
 from ppkernels.ops import BitMask, Topology
@@ -131,7 +136,7 @@ class Sparse(Masked):
         grow: Tensor,
         values: Tensor | None = None,
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers = None,
     ) -> Tensor:
         """Drop some entries and grow others, in place and without a dense weight.
 
@@ -151,9 +156,9 @@ class Sparse(Masked):
                 int64 [G]: such as are not kept, or are dropped in this call.
             values: θ of the grown entries in the order of ``grow``, [G]; drawn by default as
                 `reset_parameters` draws, never 0.
-            optimizer: the one that steps the weight. The state of an optimizer that is not told
-                stays that of the entries before, which is an error in its next step or, where as
-                many are grown as dropped, wrong.
+            optimizer: the one that steps the weight, or several. The state of an optimizer that is
+                not told stays that of the entries before, which is an error in its next step or,
+                where as many are grown as dropped, silently wrong.
 
         Returns:
             int64 [E']: where each of the entries now stood before, −1 for the grown ones.
@@ -162,7 +167,8 @@ class Sparse(Masked):
             TypeError, ValueError: what `pp.Topology.changed` raises; values of another kind or
                 shape; a value 0 for a powered layer with α > 1, where it would stay 0; an optimizer
                 that does not have the weight; a layer with another topology that shares it.
-            RuntimeError: a weight that torch.nn.utils has parametrized or pruned.
+            RuntimeError: a weight that torch.nn.utils has parametrized or pruned; a state that has
+                not a number for each entry (LBFGS, Adafactor).
 
         Nothing is changed when an error is raised.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -11,11 +13,14 @@ from torch.optim import Optimizer
 
 from ppkernels import _powered
 from ppkernels._checks import check_floating
+from ppkernels._optimizers import StateTensor, group_of, optimizers_of, state_tensors
 from ppkernels.nn.guard import note_resized
 from ppkernels.ops import BitMask, Topology
 
 if TYPE_CHECKING:
     from ppkernels.nn.sparse import Sparse
+
+Optimizers = Optimizer | Iterable[Optimizer] | None
 
 
 class _Moved(NamedTuple):
@@ -37,24 +42,24 @@ def change_topology(
     drop: Tensor,
     grow: Tensor,
     values: Tensor | None,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers,
 ) -> Tensor:
     """See `Sparse.change_topology`. All that is refused is found before anything is changed."""
     op = f"{type(layer).__name__}.change_topology"
     weight = layer._own_weight(op)
     layers = _sharing(op, layer, weight)
-    _check_optimizer(op, weight, optimizer)
+    states = _states(op, weight, optimizer)
     topology, origin = layer.topology.changed(drop, grow)
     moved = _Moved(origin, origin >= 0)
     grown = _stored(op, layer, grow, values)
     new_weight = moved.values(weight.detach(), grown)
-    state = {} if optimizer is None else _moved_state(optimizer, weight, moved, grown)
     masks = [_moved_masks(each, moved) for each in layers]
     exchange_values(weight, new_weight)
     for each, own in zip(layers, masks, strict=True):
         each._move(topology, own)
-    if optimizer is not None:
-        optimizer.state[weight].update(state)
+    for state in states:
+        filled = grown if state.key == _powered.MASTER else 0.0
+        state.replace(partial(moved.values, grown=filled))
     return origin
 
 
@@ -98,16 +103,13 @@ def _sharing(op: str, layer: Sparse, weight: nn.Parameter) -> list[Sparse]:
     return [layer, *cast(Any, others)]
 
 
-def _check_optimizer(op: str, weight: nn.Parameter, optimizer: Optimizer | None) -> None:
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"{op}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    groups = optimizer.param_groups
-    if not any(own is weight for group in groups for own in group["params"]):
-        raise ValueError(f"{op}: the {type(optimizer).__name__} does not have the layer's weight")
+def _states(op: str, weight: nn.Parameter, optimizer: Optimizers) -> list[StateTensor]:
+    """What the optimizers keep of each entry."""
+    optimizers = optimizers_of(op, optimizer)
+    for each in optimizers:
+        if group_of(each, weight) is None:
+            raise ValueError(f"{op}: the {type(each).__name__} does not have the layer's weight")
+    return state_tensors(op, optimizers, "the layer", weight)
 
 
 def _stored(op: str, layer: Sparse, grow: Tensor, values: Tensor | None) -> Tensor:
@@ -136,16 +138,4 @@ def _moved_masks(layer: Sparse, moved: _Moved) -> dict[str, BitMask]:
     return {
         name: BitMask.pack(moved.values(mask.unpack(), 1.0))
         for name, mask in layer._masks().items()
-    }
-
-
-def _moved_state(
-    optimizer: Optimizer, weight: nn.Parameter, moved: _Moved, grown: Tensor
-) -> dict[str, Tensor]:
-    """The state tensors that have a number for each entry, moved along."""
-    state = optimizer.state.get(weight, {})
-    return {
-        name: moved.values(value, grown if name == _powered.MASTER else 0.0)
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.shape == weight.shape
     }

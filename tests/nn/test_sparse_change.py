@@ -237,7 +237,11 @@ def test_compiled_models_follow() -> None:
         (([], ["free"], torch.randn(2)), ValueError, r"a value for each place of grow, \(1,\)"),
         (([], ["free"], torch.ones(1).long()), TypeError, "values must be float32"),
         (([], ["free"], torch.zeros(1)), ValueError, "values must not be 0 for a powered layer"),
-        (([], ["free"], None, "sgd"), TypeError, "must be a torch.optim.Optimizer, got str"),
+        (
+            ([], ["free"], None, "sgd"),
+            TypeError,
+            "must be a torch.optim.Optimizer or several, got str",
+        ),
         (([], ["free"], None, None), ValueError, "the SGD does not have the layer's weight"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Sparse layers: checkpoints of any kept share, copies, casts, devices, averages."""
+"""Sparse layers: checkpoints of any kept share, copies, casts, devices, averages.
+Longer than 350 lines: one subject, of layers that are all made by the functions at its head.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,7 @@ def exchanged(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict],
         (exchanged("columns", lambda t: t[1:]), "end with the number of columns"),
         (
             exchanged("columns", lambda t: torch.full_like(t.int(), 999).to(t.dtype)),
-            "columns must be in 0",
+            "columns must be >= 0 and < ",
         ),
         (exchanged("columns", lambda t: t.int().flip(0).to(t.dtype)), "must ascend"),
         (exchanged("offsets", lambda t: t.flip(0)), "offsets must begin with 0"),
