@@ -251,16 +251,18 @@ def measure(
     *,
     in_cache: bool = False,
     min_rounds: int = MIN_ROUNDS,
+    estimates: int = 3,
     timer: Timer = CPU_TIMER,
 ) -> Measurement:
     """Time ``calls`` in turns for about ``budget`` seconds, but ``min_rounds`` rounds at least.
 
-    Every call runs at least twice before the clock starts (what compiles does so then).
+    Every call runs at least twice before the clock starts (what compiles does so then): once, and
+    ``estimates`` times to see how often a sample has to repeat it.
     """
     repeats = {}
     for name, call in calls.items():
         call()
-        estimate = min(timer.sample(call, 1, in_cache).seconds for _ in range(3))
+        estimate = min(timer.sample(call, 1, in_cache).seconds for _ in range(estimates))
         repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(estimate, 1e-9)))
 
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
