@@ -24,7 +24,9 @@ from ppkernels.ops.statistics.reference import statistics
 from ppkernels.ops.topology.reference import (
     change_topology,
     gather_kept,
+    mask_of_topology,
     scatter_kept,
+    topology_fault,
     topology_of_mask,
     transpose_topology,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "count_bits",
     "gather_kept",
     "inverse_power",
+    "mask_of_topology",
     "pack_bits",
     "power",
     "power_backward",
@@ -52,6 +55,7 @@ __all__ = [
     "spmm_grad_values",
     "statistics",
     "topk_bits",
+    "topology_fault",
     "topology_of_mask",
     "transpose_topology",
     "unpack_bits",

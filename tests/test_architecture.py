@@ -83,6 +83,10 @@ IMPORTS = [
     ("ops/topology/reference.py", ["torch.*", BITS, ENTRIES]),
     ("ops/topology/op.py", ["torch.*", "{room}.*", *CHECKED, ENTRIES]),
     (
+        "ops/topology/checks.py",
+        ["torch.*", "{room}.*", *CHECKED, ENTRIES, "ppkernels.ops.bitmask"],
+    ),
+    (
         "ops/topology/topology.py",
         ["torch.*", "{room}.*", *CHECKED, ENTRIES, "ppkernels.ops.bitmask"],
     ),

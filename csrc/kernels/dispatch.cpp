@@ -5,6 +5,7 @@
 #include "kernels/select.h"
 #include "kernels/statistics.h"
 #include "kernels/step.h"
+#include "kernels/topology.h"
 
 namespace ppkernels {
 
@@ -14,7 +15,8 @@ namespace ppkernels {
   extern const PowerKernels kPower;           \
   extern const SelectKernels kSelect;         \
   extern const StatisticsKernels kStatistics; \
-  extern const StepKernels kStep;
+  extern const StepKernels kStep;             \
+  extern const TopologyKernels kTopology;
 
 namespace baseline {
 PPKERNELS_DECLARE
@@ -83,5 +85,6 @@ const PowerKernels& power_kernels(Isa isa) { PPKERNELS_PICK(kPower) }
 const SelectKernels& select_kernels(Isa isa) { PPKERNELS_PICK(kSelect) }
 const StatisticsKernels& statistics_kernels(Isa isa) { PPKERNELS_PICK(kStatistics) }
 const StepKernels& step_kernels(Isa isa) { PPKERNELS_PICK(kStep) }
+const TopologyKernels& topology_kernels(Isa isa) { PPKERNELS_PICK(kTopology) }
 
 }  // namespace ppkernels

@@ -3,7 +3,9 @@
 from ppkernels.ops.topology.op import (
     change_topology,
     gather_kept,
+    mask_of_topology,
     scatter_kept,
+    topology_fault,
     topology_of_mask,
     transpose_topology,
 )
@@ -14,7 +16,9 @@ __all__ = [
     "Transposed",
     "change_topology",
     "gather_kept",
+    "mask_of_topology",
     "scatter_kept",
+    "topology_fault",
     "topology_of_mask",
     "transpose_topology",
 ]

@@ -31,13 +31,21 @@ def topology_of_mask(words: Tensor, rows: int, in_features: int) -> tuple[Tensor
         ``offsets`` and ``columns``; columns are uint16 where K ≤ 65536, else int32.
 
     Raises:
-        TypeError, ValueError: words of another kind or size, 2^31 entries or more.
+        TypeError, ValueError: words of another kind or size.
+        RuntimeError: 2^31 entries or more.
     """
     check_words("topology_of_mask", words, rows * in_features)
     if _backend.uses_reference():
         return reference.topology_of_mask(words, rows, in_features)
     found: tuple[Tensor, Tensor] = torch.ops.ppkernels.topology_of_mask(words, rows, in_features)
     return found
+
+
+def mask_of_topology(offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
+    """The words of the mask in which the entries are set: the opposite of `topology_of_mask`."""
+    if _backend.uses_reference():
+        return reference.mask_of_topology(offsets, columns, in_features)
+    return torch.ops.ppkernels.mask_of_topology(offsets, columns, in_features)
 
 
 def transpose_topology(
@@ -63,14 +71,26 @@ def transpose_topology(
 
 
 def gather_kept(weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
-    """The values of a weight [N, K] at the entries of a topology: [E]. Not differentiable."""
+    """The values of a weight at the entries of a topology: [E]. Not differentiable.
+
+    Args:
+        weight: [N, ...], taken as the matrix [N, K] of its rows; any dtype whose elements have 1,
+            2, 4 or 8 bytes, and any strides: it is not copied.
+        offsets, columns: the topology's, [N + 1] and [E].
+    """
     if _backend.uses_reference():
         return reference.gather_kept(weight, offsets, columns)
     return torch.ops.ppkernels.gather_kept(weight, offsets, columns)
 
 
 def scatter_kept(values: Tensor, offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
-    """The weight [N, K] with ``values`` at the entries and 0 elsewhere. Not differentiable."""
+    """The weight [N, K] with ``values`` at the entries and 0 elsewhere. Not differentiable.
+
+    Args:
+        values: [E], of any dtype whose elements have 1, 2, 4 or 8 bytes.
+        offsets, columns: the topology's, [N + 1] and [E].
+        in_features: K.
+    """
     args = (values, offsets, columns, in_features)
     if _backend.uses_reference():
         return reference.scatter_kept(*args)
@@ -101,10 +121,27 @@ def change_topology(
     return found
 
 
+def topology_fault(offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
+    """Which rule the indices of a topology break: 0-dim int64, 0 if none.
+
+    1: offsets begin with 0, never descend, and end with E. 2: columns lie in 0 ... K − 1.
+    3: columns ascend within each row. The first of these that is broken; no memory is read where
+    an index that may be wrong points.
+
+    Args:
+        offsets, columns: int32 [N + 1], N + 1 > 0, and [E], of the dtype that goes with K.
+        in_features: K.
+    """
+    if _backend.uses_reference():
+        return reference.topology_fault(offsets, columns, in_features)
+    return torch.ops.ppkernels.topology_fault(offsets, columns, in_features)
+
+
 # ---- schemas, shapes, and the kernels of every device but the CPU
 
 _SCHEMAS = {
     "topology_of_mask": "(Tensor words, SymInt rows, SymInt in_features) -> (Tensor, Tensor)",
+    "mask_of_topology": "(Tensor offsets, Tensor columns, SymInt in_features) -> Tensor",
     "transpose_topology": (
         "(Tensor offsets, Tensor columns, SymInt in_features, SymInt taps)"
         " -> (Tensor, Tensor, Tensor)"
@@ -117,6 +154,7 @@ _SCHEMAS = {
         "(Tensor offsets, Tensor columns, SymInt in_features, Tensor drop, Tensor grow)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "topology_fault": "(Tensor offsets, Tensor columns, SymInt in_features) -> Tensor",
 }
 
 
@@ -152,12 +190,18 @@ def _change_topology(
 
 _SHAPES: dict[str, Callable[..., Any]] = {
     "topology_of_mask": _topology_of_mask,
+    "mask_of_topology": lambda offsets, columns, in_features: offsets.new_empty(
+        ((offsets.numel() - 1) * in_features + 7) // 8, dtype=torch.uint8
+    ),
     "transpose_topology": _transpose_topology,
     "gather_kept": lambda weight, offsets, columns: weight.new_empty(columns.numel()),
     "scatter_kept": lambda values, offsets, columns, in_features: values.new_empty(
         (offsets.numel() - 1, in_features)
     ),
     "change_topology": _change_topology,
+    "topology_fault": lambda offsets, columns, in_features: offsets.new_empty(
+        (), dtype=torch.int64
+    ),
 }
 
 for _name, _schema in _SCHEMAS.items():

@@ -6,10 +6,12 @@ A topology says which entries of a weight [N, K] are kept: ``offsets`` int32 [N 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ppkernels.ops._bits import unpacked
+from ppkernels.ops._bits import each_bit, unpacked
 from ppkernels.ops._entries import dense_of, index_dtype, order_of_columns, places_of, rows_of
 
 
@@ -20,6 +22,15 @@ def topology_of_mask(words: Tensor, rows: int, in_features: int) -> tuple[Tensor
     offsets = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)  # [N + 1]
     columns = mask.nonzero()[:, 1].to(index_dtype(in_features))  # [E]
     return offsets, columns
+
+
+def mask_of_topology(offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
+    """The words of the mask in which the entries are set."""
+    places = places_of(offsets, columns, in_features)
+    words = offsets.new_zeros(((offsets.numel() - 1) * in_features + 7) // 8, dtype=torch.uint8)
+    bits = each_bit(offsets.device)[places % 8]
+    # No two bits of a byte are the same: their sum is their union.
+    return words.index_add(0, places // 8, bits)
 
 
 def transpose_topology(
@@ -39,8 +50,9 @@ def transpose_topology(
 
 
 def gather_kept(weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
-    """The values of ``weight`` [N, K] at the entries: [E]."""
-    return weight.reshape(-1)[places_of(offsets, columns, weight.shape[1])]
+    """The values of ``weight`` [N, ...], the matrix [N, K] of its rows, at the entries: [E]."""
+    in_features = math.prod(weight.shape[1:])
+    return weight.reshape(-1)[places_of(offsets, columns, in_features)]
 
 
 def scatter_kept(values: Tensor, offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
@@ -67,3 +79,20 @@ def change_topology(
     twice = places[1:][places.diff() == 0]
     refused = torch.cat([twice, twice.new_full((1,), -1)])[0]
     return ends, (places % max(in_features, 1)).to(columns.dtype), origin, refused
+
+
+def topology_fault(offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
+    """Which rule the indices break, the first of these, 0-dim int64; 0 if none.
+
+    1: offsets begin with 0, never descend, and end with E. 2: columns lie in 0 ... K − 1.
+    3: columns ascend within each row.
+    """
+    ends, wide = offsets.long(), columns.long()
+    fault = ends.new_zeros(())
+    if ends[0] != 0 or ends[-1] != columns.numel() or (ends.diff() < 0).any():
+        return fault + 1
+    if ((wide < 0) | (wide >= in_features)).any():
+        return fault + 2
+    if (places_of(offsets, columns, in_features).diff() <= 0).any():
+        return fault + 3
+    return fault

@@ -9,12 +9,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppkernels._checks import check_floating, check_has_values, check_tensor
-from ppkernels.ops._entries import index_dtype, places_of
+from ppkernels._checks import check_floating, check_has_values
+from ppkernels.ops._entries import places_of
 from ppkernels.ops.bitmask import BitMask
+from ppkernels.ops.topology.checks import (
+    LIMIT,
+    check_count,
+    check_form,
+    check_values,
+    checked_drop,
+    checked_list,
+    checked_shape,
+)
 from ppkernels.ops.topology.op import (
     change_topology,
     gather_kept,
+    mask_of_topology,
     scatter_kept,
     topology_of_mask,
     transpose_topology,
@@ -33,7 +43,10 @@ class Topology:
     """Which entries of a weight are kept, immutable: the indices beside the kept values.
 
     The weight [N, ...] is taken as the matrix [N, K] of its rows, K = the product of all sizes but
-    the first. Entries are in row-major order, as the bits of a `pp.BitMask` are.
+    the first. Entries are in row-major order, as the bits of a `pp.BitMask` are. ``a == b`` is a
+    bool: whether shapes and entries are the same, on whatever devices (on the meta device, where
+    indices have no values, a topology equals itself alone). Topologies have no hash. torch.save and
+    torch.load take them as they are.
 
     Attributes:
         offsets: int32 [N + 1]: row n has the entries offsets[n] ... offsets[n + 1] − 1.
@@ -42,13 +55,14 @@ class Topology:
         shape: the weight's shape, of two dimensions or more.
 
     Args:
-        offsets, columns: as above; they are checked, and copied.
-        shape: as above.
+        offsets, columns: as above; they are checked, wherever they come from, and copied.
+        shape: as above; K and N·(the product of all sizes but the first two) are at most 2^31.
 
     Raises:
         TypeError: indices of another dtype, a shape of another kind.
         ValueError: indices that are no topology of the shape: offsets that do not begin with 0,
-            descend, or do not end with E; columns that do not ascend within a row or lie outside.
+            descend, or do not end with E; columns that do not ascend within a row or lie outside;
+            2^31 entries or more.
 
     Example::
 
@@ -66,14 +80,24 @@ class Topology:
     _transposed: Transposed | None
 
     def __init__(self, offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> None:
-        sizes = _checked_shape(shape)
-        _check_indices(offsets, columns, sizes)
-        self._set(offsets.detach().clone(), columns.detach().clone(), sizes)
+        sizes = checked_shape(shape)
+        check_form(offsets, columns, sizes)
+        # First the copy: what is checked is what is kept.
+        offsets, columns = _copied(offsets), _copied(columns)
+        check_values(offsets, columns, math.prod(sizes[1:]))
+        self._set(offsets, columns, sizes)
 
     def _set(self, offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> None:
-        self._offsets, self._columns = offsets, columns
-        self._shape = torch.Size(shape)
-        self._transposed = None
+        object.__setattr__(self, "_offsets", _normal(offsets))
+        object.__setattr__(self, "_columns", _normal(columns))
+        object.__setattr__(self, "_shape", torch.Size(shape))
+        object.__setattr__(self, "_transposed", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Topology: topologies are immutable, so {name!r} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"Topology: topologies are immutable, so {name!r} cannot be deleted")
 
     # ---- from and to masks and weights
 
@@ -82,7 +106,10 @@ class Topology:
         """The topology of a mask's set bits."""
         if not isinstance(mask, BitMask):
             raise TypeError(f"Topology: mask must be a pp.BitMask, got {type(mask).__name__}")
-        sizes = _checked_shape(mask.shape)
+        sizes = checked_shape(mask.shape)
+        check_has_values("Topology", "mask", mask.words)
+        if mask.numel() >= LIMIT:
+            check_count(mask.count())
         found = topology_of_mask(mask.words, sizes[0], math.prod(sizes[1:]))
         return _made(*found, sizes)
 
@@ -90,25 +117,34 @@ class Topology:
     def of(cls, weight: Tensor) -> Topology:
         """The topology of a weight's entries that are not 0; NaN is kept."""
         check_floating("Topology", "weight", weight)
+        check_has_values("Topology", "weight", weight)
         return cls.of_mask(BitMask.pack(weight.detach() != 0))
 
     def mask(self) -> BitMask:
         """The mask in which the entries are set."""
-        bits = torch.zeros(math.prod(self._shape), dtype=torch.bool, device=self.device)
-        bits[self.places()] = True
-        return BitMask.pack(bits.view(self._shape))
+        words = mask_of_topology(self._offsets, self._columns, self.in_features)
+        return BitMask(words, self._shape)
 
     def gather(self, weight: Tensor) -> Tensor:
-        """The values of ``weight``, of this shape, at the entries: [E]. Not differentiable."""
-        if weight.shape != self._shape:
+        """The values of ``weight`` at the entries: [E]. Not differentiable.
+
+        Args:
+            weight: of this shape and device; any dtype of 1, 2, 4 or 8 bytes, any strides.
+        """
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"Topology: weight must be a torch.Tensor, got {type(weight).__name__}")
+        if weight.shape != self._shape or weight.device != self.device:
             raise ValueError(
-                f"Topology: weight must have shape {tuple(self._shape)}, got {tuple(weight.shape)}"
+                f"Topology: weight must have shape {tuple(self._shape)} and be on {self.device}, "
+                f"got {tuple(weight.shape)} on {weight.device}"
             )
-        rows = weight.detach().reshape(self.rows, self.in_features)
-        return gather_kept(rows, self._offsets, self._columns)
+        return gather_kept(weight.detach(), self._offsets, self._columns)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """The weight of this shape with ``values`` [E] at the entries and 0 elsewhere."""
+        """The weight of this shape with ``values`` [E] at the entries and 0 elsewhere.
+
+        Not differentiable; contiguous, of the values' dtype.
+        """
         self.check_values("Topology", values)
         rows = scatter_kept(values.detach(), self._offsets, self._columns, self.in_features)
         return rows.view(self._shape)
@@ -120,13 +156,18 @@ class Topology:
     def transposed(self) -> Transposed:
         """The entries column by column, with a tap for each position of a convolution's kernel.
 
-        Made by the first call and kept.
+        Made by the first call and kept. Threads that call it at once may each make it; what they
+        get is the same.
         """
-        if self._transposed is None:
+        kept = self._transposed
+        if kept is None:
             taps = math.prod(self._shape[2:])
             found = transpose_topology(self._offsets, self._columns, self.in_features, taps)
-            self._transposed = Transposed(*found)
-        return self._transposed
+            kept = Transposed(*map(_normal, found))
+            # A tracer's tensors stand for values that are not there yet: not for anyone else.
+            if type(kept.offsets) is Tensor:
+                object.__setattr__(self, "_transposed", kept)
+        return kept
 
     # ---- another one, with some entries less and some more
 
@@ -155,50 +196,14 @@ class Topology:
             new, origin = topology.changed(drop, grow)
             momentum = momentum[origin].masked_fill(origin < 0, 0)
         """
-        drop = self._checked_drop(drop)
-        grow = self._checked_list("grow", "places", grow, self.numel())
+        drop = checked_drop(drop, self._columns)
+        grow = checked_list("grow", "places", grow, self.numel(), self.device)
+        check_count(self.count() - drop.numel() + grow.numel())
         args = (self._offsets, self._columns, self.in_features, drop, grow)
         *indices, origin, refused = change_topology(*args)
         if not refused.is_meta and (place := int(refused)) >= 0:
             raise ValueError(f"Topology.changed: grow has place {place}, which is kept already")
         return _made(indices[0], indices[1], self._shape), origin
-
-    def _checked_drop(self, drop: Tensor) -> Tensor:
-        """The positions of the entries to drop, ascending."""
-        if not (isinstance(drop, Tensor) and drop.dtype == torch.bool):
-            return self._checked_list("drop", "positions of entries", drop, self.count())
-        check_has_values("Topology.changed", "drop", drop)
-        if drop.shape != self._columns.shape or drop.device != self.device:
-            raise ValueError(
-                f"Topology.changed: drop as bools must have shape ({self.count()},), one for each "
-                f"entry, on {self.device}, got {tuple(drop.shape)} on {drop.device}"
-            )
-        return drop.nonzero().squeeze(1)
-
-    def _checked_list(self, name: str, what: str, numbers: Tensor, limit: int) -> Tensor:
-        """``numbers`` in ascending order: each in 0 ... limit − 1, and none twice."""
-        check_tensor("Topology.changed", name, numbers, torch.int64)
-        if numbers.dim() != 1 or numbers.device != self.device:
-            raise ValueError(
-                f"Topology.changed: {name} must have one dimension and be on {self.device}, got "
-                f"{tuple(numbers.shape)} on {numbers.device}"
-            )
-        if numbers.is_meta or numbers.numel() == 0:
-            return numbers
-        steps = numbers.diff()
-        if not (steps > 0).all():
-            numbers = numbers.sort().values
-            steps = numbers.diff()
-        first, last = int(numbers[0]), int(numbers[-1])
-        if first < 0 or last >= limit:
-            raise ValueError(
-                f"Topology.changed: {name} must be {what} >= 0 and < {limit}, got "
-                f"{first if first < 0 else last}"
-            )
-        twice = numbers[1:][steps == 0]
-        if twice.numel() > 0:
-            raise ValueError(f"Topology.changed: {name} has {int(twice[0])} twice")
-        return numbers
 
     # ---- what it is
 
@@ -258,12 +263,14 @@ class Topology:
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self._shape))
-        on = "" if self.device.type in ("cpu", "meta") else f", {self.device}"
+        on = "" if self.device.type == "cpu" else f", {self.device}"
         return f"Topology({size}, {self.count()} of {self.numel()} kept{on})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Topology):
             return NotImplemented
+        if self is other or self._columns.is_meta or other._columns.is_meta:
+            return self is other
         return (
             self._shape == other._shape
             and torch.equal(self._offsets, other._offsets.to(self.device))
@@ -283,7 +290,11 @@ class Topology:
         return _made(self._offsets.clone(), self._columns.clone(), self._shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Topology, (self._offsets, self._columns, tuple(self._shape))
+        columns = self._columns
+        # PyTorch's tensors of uint16 go into files, but not through pickle (2.14).
+        if columns.dtype == torch.uint16:
+            columns = columns.view(torch.int16)
+        return _unpickled, (self._offsets, columns, tuple(self._shape))
 
 
 def _made(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
@@ -293,42 +304,24 @@ def _made(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
     return topology
 
 
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape)
-    if len(sizes) < 2 or any(size < 0 for size in sizes):
-        raise ValueError(f"Topology: shape must have two dimensions or more, got {sizes}")
-    return sizes
+def _unpickled(offsets: Tensor, columns: Tensor, shape: Sequence[int]) -> Topology:
+    """What `Topology.__reduce__` has taken apart."""
+    is_narrow = columns.dtype == torch.int16
+    return Topology(offsets, columns.view(torch.uint16) if is_narrow else columns, shape)
 
 
-def _check_indices(offsets: Tensor, columns: Tensor, shape: tuple[int, ...]) -> None:
-    """The indices are those of a topology of ``shape``: kernels read memory by them."""
-    rows, in_features = shape[0], math.prod(shape[1:])
-    check_tensor("Topology", "offsets", offsets, torch.int32)
-    check_tensor("Topology", "columns", columns, index_dtype(in_features))
-    if offsets.shape != (rows + 1,) or columns.dim() != 1:
-        raise ValueError(
-            f"Topology: offsets must have shape ({rows + 1},) and columns one dimension, got "
-            f"{tuple(offsets.shape)} and {tuple(columns.shape)}"
-        )
-    if offsets.device != columns.device:
-        raise ValueError(
-            f"Topology: offsets and columns must be on one device, got {offsets.device} and "
-            f"{columns.device}"
-        )
-    ends = offsets.long()
-    if ends[0] != 0 or ends[-1] != columns.numel() or (ends.diff() < 0).any():
-        raise ValueError(
-            "Topology: offsets must begin with 0, never descend, and end with the number of "
-            f"columns, {columns.numel()}"
-        )
-    if columns.numel() == 0:
-        return
-    wide = columns.long()
-    if wide.min() < 0 or wide.max() >= in_features:
-        raise ValueError(f"Topology: columns must be in 0 ... {in_features - 1}")
-    if (places_of(offsets, columns, in_features).diff() <= 0).any():
-        raise ValueError("Topology: columns must ascend within each row")
+def _copied(index: Tensor) -> Tensor:
+    """A contiguous copy, without a gradient."""
+    return index.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _normal(index: Tensor) -> Tensor:
+    """``index`` as autograd can save it, also if it was made in inference mode."""
+    if torch.compiler.is_compiling() or not index.is_inference():
+        return index
+    with torch.inference_mode(False):
+        return index.clone()
 
 
 # torch.load with weights_only=True, its default, makes objects of known classes alone.
-torch.serialization.add_safe_globals([Topology])
+torch.serialization.add_safe_globals([Topology, _unpickled])
