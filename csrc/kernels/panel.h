@@ -69,9 +69,7 @@ struct Sums {
   f32v even[V] = {}, odd[V] = {};
 
   PPKERNELS_INLINE f32v& second(int v) { return kParts == 1 ? even[v] : odd[v]; }
-  PPKERNELS_INLINE f32v operator[](int v) const {
-    return kParts == 1 ? even[v] : even[v] + odd[v];
-  }
+  PPKERNELS_INLINE f32v operator[](int v) const { return kParts == 1 ? even[v] : even[v] + odd[v]; }
 };
 
 // sums += Σ value[e] · operand[e], begin <= e < end. The first entry goes to the even sums, the
