@@ -61,8 +61,8 @@ SparseIndices indices_of(const char* op, const Tensor& offsets, const Tensor& co
 
 // The sizes of a convolution of `images` images of `input` by a weight [features, channels, ...].
 Convolution sizes_of(const char* op, int64_t images, int64_t channels, int64_t features,
-                     const Pair& input, const Pair& kernel, const Pair& stride,
-                     const Pair& padding, const Pair& dilation) {
+                     const Pair& input, const Pair& kernel, const Pair& stride, const Pair& padding,
+                     const Pair& dilation) {
   check_pair(op, "input_size", input, 0);
   check_pair(op, "kernel_size", kernel, 1);
   check_pair(op, "stride", stride, 1);
@@ -101,7 +101,8 @@ void threads(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t
 }
 
 void check_done(const char* op, bool is_done) {
-  require(is_done, op, ": one row of the images, with all channels and padding, has 2^31 or more "
+  require(is_done, op,
+          ": one row of the images, with all channels and padding, has 2^31 or more "
           "numbers");
 }
 
@@ -125,10 +126,10 @@ Tensor sparse_conv2d(const Tensor& input, const Tensor& values, const Tensor& of
   const Tensor x = torch::stable::contiguous(input), v = torch::stable::contiguous(values);
   Tensor out = torch::stable::new_empty(
       input, {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
-  check_done(kOp, convolution(sparse_conv_kernels(isa()), sizes, memory_of(kOp, x),
-                              memory_of(kOp, v), indices,
-                              wide_bias ? wide_bias->const_data_ptr<float>() : nullptr,
-                              mutable_memory_of(kOp, out), threads));
+  check_done(kOp,
+             convolution(sparse_conv_kernels(isa()), sizes, memory_of(kOp, x), memory_of(kOp, v),
+                         indices, wide_bias ? wide_bias->const_data_ptr<float>() : nullptr,
+                         mutable_memory_of(kOp, out), threads));
   return out;
 }
 
@@ -143,8 +144,8 @@ Tensor sparse_conv2d_grad_input(const Tensor& grad_output, const Tensor& values,
   check_values(kOp, values, indices.count);
   require(order.is_cpu() && order.scalar_type() == ScalarType::Int && order.dim() == 1 &&
               order.is_contiguous() && order.numel() == indices.count,
-          kOp, ": order must be a contiguous int32 CPU tensor of ", indices.count,
-          " numbers, got ", described(order));
+          kOp, ": order must be a contiguous int32 CPU tensor of ", indices.count, " numbers, got ",
+          described(order));
   Convolution sizes = sizes_of(kOp, grad_output.size(0), 0, grad_output.size(1), input_size,
                                kernel_size, stride, padding, dilation);
   require((offsets.numel() - 1) % sizes.taps() == 0, kOp, ": offsets must be of whole channels of ",
@@ -155,17 +156,16 @@ Tensor sparse_conv2d_grad_input(const Tensor& grad_output, const Tensor& values,
   const Tensor g = torch::stable::contiguous(grad_output), v = torch::stable::contiguous(values);
   Tensor out = torch::stable::new_empty(
       grad_output, {sizes.images, sizes.channels, sizes.input[0], sizes.input[1]});
-  check_done(kOp, convolution_grad_input(sparse_conv_kernels(isa()), sizes, memory_of(kOp, g),
-                                         memory_of(kOp, v), indices,
-                                         order.const_data_ptr<int32_t>(),
-                                         mutable_memory_of(kOp, out), threads));
+  check_done(kOp,
+             convolution_grad_input(sparse_conv_kernels(isa()), sizes, memory_of(kOp, g),
+                                    memory_of(kOp, v), indices, order.const_data_ptr<int32_t>(),
+                                    mutable_memory_of(kOp, out), threads));
   return out;
 }
 
 Tensor sparse_conv2d_grad_values(const Tensor& grad_output, const Tensor& input,
-                                 const Tensor& values, const Tensor& offsets,
-                                 const Tensor& columns, Pair kernel_size, Pair stride,
-                                 Pair padding, Pair dilation) {
+                                 const Tensor& values, const Tensor& offsets, const Tensor& columns,
+                                 Pair kernel_size, Pair stride, Pair padding, Pair dilation) {
   constexpr const char* kOp = "sparse_conv2d_grad_values";
   check_operand(kOp, "grad_output", grad_output, 4);
   check_operand(kOp, "input", input, 4);

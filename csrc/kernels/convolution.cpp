@@ -1,11 +1,13 @@
+// The products of convolution.h. Compiled once, unlike the passes that they make.
+// Longer than 350 lines: entries, tasks and the three products are one plan, read together.
 #include "kernels/convolution.h"
 
 #include <algorithm>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <vector>
 
+#include "kernels/conv_layout.h"
 #include "kernels/elements.h"
 
 // Note [Tiles]
@@ -24,9 +26,9 @@
 namespace ppkernels {
 namespace {
 
-// Planes of a tile, all channels: half of an L2 of a megabyte.
-constexpr int64_t kTileBytes = 512 << 10;
-// Of these, what a block of channels has in a pass: two thirds of an L1 of 48 kilobytes.
+// Measured, both: ops/sparse_conv/README.md.
+// Of the planes of a tile, what a block of channels has in a pass: two thirds of an L1 of 48
+// kilobytes.
 constexpr int64_t kBlockBytes = 32 << 10;
 // A row has so many entries in a block on average, or there is one block.
 constexpr int64_t kBlockEntries = 6;
@@ -37,9 +39,6 @@ constexpr int64_t kRowEntries = 6;
 // For ∂L/∂values.
 constexpr int64_t kSlots = 8;
 constexpr int64_t kSlotBytes = int64_t(64) << 20;
-
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t remainder(int64_t a, int64_t b) { return (a % b + b) % b; }
 
 // ---- memory
 
@@ -59,186 +58,6 @@ class Buffer {
   std::unique_ptr<float, Free> data_;
 };
 
-// ---- one axis
-
-// Where an entry of this position in the kernel reads, and whose sums it belongs to.
-struct Tap {
-  int64_t phase, offset;  // of the planes
-  int64_t target;         // the phase of the pixels it is for; none if it is not below `targets`
-};
-
-struct Axis {
-  PlaneAxis planes;
-  std::vector<Tap> taps;
-  // The largest offset; positions of the line; phases of the pixels that are written to, and how far
-  // apart the pixels of a phase are.
-  int64_t reach, positions, targets, step;
-
-  // Positions at the end of a row that may be the first ones of the next: 0 in both, in all phases.
-  int64_t shared() const {
-    const int64_t last = planes.first + planes.phases - 1;
-    const int64_t before = last < 0 ? divided_up(-last, planes.step) : 0;
-    const int64_t left = std::max<int64_t>(planes.size - planes.first, 0);
-    const int64_t behind = std::max<int64_t>(planes.span - divided_up(left, planes.step), 0);
-    return std::min({before, behind, reach});
-  }
-};
-
-Axis forward_axis(const Convolution& c, int d) {
-  const int64_t reach = c.dilation[d] * (c.kernel[d] - 1);
-  Axis axis;
-  axis.reach = reach / c.stride[d];
-  axis.positions = c.output[d];
-  axis.targets = axis.step = 1;
-  axis.planes = {c.input[d], -c.padding[d], c.stride[d], std::min(c.stride[d], reach + 1),
-                 axis.positions + axis.reach};
-  for (int64_t t = 0; t < c.kernel[d]; ++t) {
-    const int64_t far = c.dilation[d] * t;
-    axis.taps.push_back({far % c.stride[d], far / c.stride[d], 0});
-  }
-  return axis;
-}
-
-// Output pixel y reads the input at s·y + d·t − p, so the input pixel f + s·i gets what output
-// pixel i + (f + p − d·t)/s has, for the taps t for which that is a whole number.
-Axis grad_input_axis(const Convolution& c, int d) {
-  Axis axis;
-  axis.step = c.stride[d];
-  axis.targets = std::min(c.stride[d], c.input[d]);
-  axis.positions = divided_up(c.input[d], c.stride[d]);
-  int64_t least = std::numeric_limits<int64_t>::max(), largest = -least;
-  for (int64_t t = 0; t < c.kernel[d]; ++t) {
-    const int64_t back = c.padding[d] - c.dilation[d] * t;
-    const int64_t target = remainder(-back, c.stride[d]), offset = (target + back) / c.stride[d];
-    axis.taps.push_back({0, offset, target});
-    least = std::min(least, offset);
-    largest = std::max(largest, offset);
-  }
-  for (Tap& tap : axis.taps) tap.offset -= least;
-  axis.reach = largest - least;
-  axis.planes = {c.output[d], least, 1, 1, axis.positions + axis.reach};
-  return axis;
-}
-
-// ---- the tiles of a product
-
-struct Tile {
-  int64_t image, images, y, rows;
-};
-
-class Layout {
- public:
-  Layout(const Axis& y, const Axis& x, int64_t images, int64_t channels, Type type, int lanes,
-         int most)
-      : y_(y), x_(x), images_(images) {
-    planes_.y = y.planes;
-    planes_.x = x.planes;
-    planes_.channels = channels;
-    planes_.source_image = channels * y.planes.size * x.planes.size;
-    planes_.pitch = x.planes.span - x.shared();
-    const int64_t height = y.planes.span - y.shared();
-    planes_.image = height * planes_.pitch;
-    in_place_ = type == Type::kFloat32 && is_plane(y) && is_plane(x);
-    choose_tile(height, lanes * most);
-    // Vectors, evenly among the passes.
-    const int64_t length = ((tile_images_ - 1) * height + tile_rows_ - 1) * planes_.pitch +
-                           x.positions;
-    const int64_t vectors = divided_up(length, lanes);
-    line_.passes = divided_up(vectors, most);
-    line_.vectors = divided_up(vectors, line_.passes);
-    positions_ = line_.passes * line_.vectors * lanes;
-    pass_ = line_.vectors * lanes;
-    if (in_place_) {
-      planes_.plane = planes_.image;
-      return;
-    }
-    // An odd number of cache lines, so that planes do not meet in the same sets.
-    const int64_t behind = y.reach * planes_.pitch + x.reach;
-    const int64_t needed = std::max(positions_ + behind, tile_images_ * planes_.image);
-    planes_.plane = (divided_up(needed, 16) | 1) * 16;
-  }
-
-  // Whether all addresses of a tile are int32.
-  bool fits() const { return floats() < std::numeric_limits<int32_t>::max(); }
-  // Of the planes of a tile, and what passes read behind them.
-  int64_t floats() const { return plane_count() * planes_.plane + positions_; }
-  int64_t plane_count() const { return planes_.channels * phases(); }
-  int64_t phases() const { return y_.planes.phases * x_.planes.phases; }
-
-  int64_t tiles() const { return divided_up(images_, tile_images_) * tiles_down_; }
-  Tile tile(int64_t index) const {
-    const int64_t image = index / tiles_down_ * tile_images_;
-    const int64_t y = index % tiles_down_ * tile_rows_;
-    return {image, std::min(tile_images_, images_ - image), y,
-            std::min(tile_rows_, y_.positions - y)};
-  }
-
-  const Planes& planes() const { return planes_; }
-  const Line& line() const { return line_; }
-  int64_t positions() const { return positions_; }  // of all passes
-  int64_t pass() const { return pass_; }            // of one
-  // What a pass reads of a channel.
-  int64_t pass_bytes() const {
-    return phases() * std::min(planes_.plane, pass_ + y_.reach * planes_.pitch + x_.reach) * 4;
-  }
-
-  // Where (channel, tap) lies, from an output pixel.
-  int64_t address(int64_t channel, const Tap& y, const Tap& x) const {
-    const int64_t plane =
-        (channel * y_.planes.phases + y.phase) * x_.planes.phases + x.phase;
-    return plane * planes_.plane + y.offset * planes_.pitch + x.offset;
-  }
-
-  // The planes of a tile: `source` itself, or a copy in `room`.
-  const float* planes_of(const SparseConvKernels& kernels, TypedMemory source, const Tile& tile,
-                         float* room) const {
-    const int64_t begin = tile.image * planes_.source_image;
-    if (in_place_) {
-      const int64_t here = begin + tile.y * planes_.pitch;
-      const int64_t end = here + (planes_.channels - 1) * planes_.plane + positions_;
-      if (end <= images_ * planes_.source_image) return (const float*)source.data + here;
-    }
-    const char* from = (const char*)source.data + begin * element_bytes(source.type);
-    kernels.pack(planes_, source.type, from, tile.images, tile.y, tile.rows + y_.reach, room);
-    return room;
-  }
-
- private:
-  // Whether the planes are the image.
-  static bool is_plane(const Axis& axis) {
-    const PlaneAxis& p = axis.planes;
-    return p.first == 0 && p.step == 1 && p.phases == 1 && axis.reach == 0 && p.span == p.size;
-  }
-
-  void choose_tile(int64_t height, int64_t pass) {
-    const int64_t row_bytes = plane_count() * planes_.pitch * 4;
-    const int64_t most_rows = kTileBytes / std::max<int64_t>(row_bytes, 1);
-    tile_images_ = 1;
-    tile_rows_ = y_.positions;
-    tiles_down_ = 1;
-    if (in_place_) return;
-    if (most_rows >= y_.planes.span) {
-      // As many small images as fill a pass.
-      const int64_t room = std::min(pass / planes_.image, most_rows / height);
-      const int64_t groups = divided_up(std::max<int64_t>(images_, 1), std::max<int64_t>(room, 1));
-      tile_images_ = divided_up(std::max<int64_t>(images_, 1), groups);
-      return;
-    }
-    // Half of a pass at least, so that its vectors are worth their entries.
-    const int64_t least = divided_up(pass / 2, planes_.pitch);
-    const int64_t rows = std::clamp(most_rows - y_.reach, std::min(least, y_.positions), y_.positions);
-    tiles_down_ = divided_up(y_.positions, rows);
-    tile_rows_ = divided_up(y_.positions, tiles_down_);
-    tiles_down_ = divided_up(y_.positions, tile_rows_);
-  }
-
-  const Axis &y_, &x_;
-  int64_t images_, tile_images_, tile_rows_, tiles_down_, positions_, pass_;
-  bool in_place_;
-  Planes planes_;
-  Line line_;
-};
-
 // ---- entries
 
 // Entries by segments, as sparse_conv.h has them, and what they are made of.
@@ -249,7 +68,7 @@ struct Program {
   int64_t blocks = 1, channels_of_block = 0;
 
   // Blocks of the channels that rows read, for `rows` rows.
-  Program(const Layout& layout, int64_t rows, int64_t count) {
+  Program(const ConvLayout& layout, int64_t rows, int64_t count) {
     const int64_t channels = layout.planes().channels;
     const int64_t in_block = std::max<int64_t>(kBlockBytes / layout.pass_bytes(), 1);
     channels_of_block = std::max<int64_t>(channels, 1);
@@ -267,12 +86,12 @@ struct Program {
 
 // The address of each number that stands in `columns`: (channel, tap) for the rows of the weight,
 // and also for the transposed topology, whose channels are features.
-std::vector<int32_t> table_of(const Layout& layout, const Axis& y, const Axis& x) {
+std::vector<int32_t> table_of(const ConvLayout& layout, const ConvAxis& y, const ConvAxis& x) {
   std::vector<int32_t> table;
   table.reserve(size_t(layout.planes().channels) * y.taps.size() * x.taps.size());
   for (int64_t channel = 0; channel < layout.planes().channels; ++channel) {
-    for (const Tap& down : y.taps) {
-      for (const Tap& across : x.taps)
+    for (const ConvTap& down : y.taps) {
+      for (const ConvTap& across : x.taps)
         table.push_back(int32_t(layout.address(channel, down, across)));
     }
   }
@@ -290,8 +109,9 @@ int64_t grain_of(int64_t rows, int64_t count) {
   return std::max<int64_t>(1, rows * 8192 / std::max<int64_t>(count, 1));
 }
 
-Program forward_program(const Layout& layout, const Axis& y, const Axis& x, int64_t rows,
-                        const SparseIndices& indices, const ParallelFor& parallel_for) {
+Program forward_program(const ConvLayout& layout, const ConvAxis& y, const ConvAxis& x,
+                        int64_t rows, const SparseIndices& indices,
+                        const ParallelFor& parallel_for) {
   Program p(layout, rows, indices.count);
   const std::vector<int32_t> table = table_of(layout, y, x);
   const int64_t limit = p.channels_of_block * int64_t(y.taps.size() * x.taps.size());
@@ -317,8 +137,8 @@ Program forward_program(const Layout& layout, const Axis& y, const Axis& x, int6
 // within a block tap by tap. Values are gathered into that order.
 class GradInputProgram {
  public:
-  GradInputProgram(const Layout& layout, const Axis& y, const Axis& x, const SparseIndices& indices,
-                   const int32_t* order, const float* values)
+  GradInputProgram(const ConvLayout& layout, const ConvAxis& y, const ConvAxis& x,
+                   const SparseIndices& indices, const int32_t* order, const float* values)
       : y_(y), x_(x), indices_(indices), order_(order), values_(values),
         table_(table_of(layout, y, x)), phases_(y.targets * x.targets),
         taps_(int64_t(y.taps.size() * x.taps.size())) {}
@@ -368,7 +188,7 @@ class GradInputProgram {
     return down < y_.targets && across < x_.targets ? down * x_.targets + across : -1;
   }
 
-  const Axis &y_, &x_;
+  const ConvAxis &y_, &x_;
   const SparseIndices& indices_;
   const int32_t* order_;
   const float* values_;
@@ -427,9 +247,10 @@ int64_t parts_of(int64_t outers, int64_t rows) {
 }
 
 // All tiles of `source` times the entries, into the pixels of `out`.
-void correlate(const SparseConvKernels& kernels, const Layout& layout, const Program& program,
-               const Axis& y, const Axis& x, TypedMemory source, const float* bias, int64_t channels,
-               const int64_t* size, MutableMemory out, const ParallelFor& parallel_for) {
+void correlate(const SparseConvKernels& kernels, const ConvLayout& layout, const Program& program,
+               const ConvAxis& y, const ConvAxis& x, TypedMemory source, const float* bias,
+               int64_t channels, const int64_t* size, MutableMemory out,
+               const ParallelFor& parallel_for) {
   const int64_t rows = y.targets * x.targets;
   const auto bounds = cut(program, channels, rows, parts_of(layout.tiles(), channels));
   const int64_t staged = program.blocks == 1 ? rows : rows * channels;
@@ -437,15 +258,24 @@ void correlate(const SparseConvKernels& kernels, const Layout& layout, const Pro
     auto planes = std::make_shared<Buffer>(layout.floats());
     auto stage = std::make_shared<Buffer>(staged * layout.pass() + kernels.lanes);
     return [&, planes, stage](int64_t index, int64_t begin, int64_t end) {
-      const Tile tile = layout.tile(index);
+      const ConvTile tile = layout.tile(index);
       const int64_t image = channels * size[0] * size[1];
-      const Pixels pixels = {
-          (char*)out.data + tile.image * image * element_bytes(out.type), out.type, size[0],
-          size[1], channels, y.targets, y.step, x.targets, x.step, tile.images, tile.y, tile.rows,
-          layout.planes().pitch, layout.planes().image};
-      kernels.correlate(program.entries(),
-                        layout.planes_of(kernels, source, tile, planes->get()), layout.line(),
-                        pixels, bias, begin, end, stage->get());
+      const Pixels pixels = {(char*)out.data + tile.image * image * element_bytes(out.type),
+                             out.type,
+                             size[0],
+                             size[1],
+                             channels,
+                             y.targets,
+                             y.step,
+                             x.targets,
+                             x.step,
+                             tile.images,
+                             tile.y,
+                             tile.rows,
+                             layout.planes().pitch,
+                             layout.planes().image};
+      kernels.correlate(program.entries(), layout.planes_of(kernels, source, tile, planes->get()),
+                        layout.line(), pixels, bias, begin, end, stage->get());
     };
   });
 }
@@ -456,9 +286,9 @@ bool convolution(const SparseConvKernels& kernels, const Convolution& sizes, Typ
                  TypedMemory values, const SparseIndices& indices, const float* bias,
                  MutableMemory output, const ParallelFor& parallel_for) {
   if (sizes.images == 0 || sizes.features == 0) return true;
-  const Axis y = forward_axis(sizes, 0), x = forward_axis(sizes, 1);
-  const Layout layout(y, x, sizes.images, sizes.channels, input.type, kernels.lanes,
-                      kernels.accumulate_vectors);
+  const ConvAxis y = forward_axis(sizes, 0), x = forward_axis(sizes, 1);
+  const ConvLayout layout(y, x, sizes.images, sizes.channels, input.type, kernels.lanes,
+                          kernels.accumulate_vectors);
   if (!layout.fits()) return false;
   Program program = forward_program(layout, y, x, sizes.features, indices, parallel_for);
   program.values = widened(kernels, values, indices.count, program.owned);
@@ -472,9 +302,9 @@ bool convolution_grad_input(const SparseConvKernels& kernels, const Convolution&
                             const SparseIndices& indices, const int32_t* order,
                             MutableMemory grad_input, const ParallelFor& parallel_for) {
   if (sizes.images == 0 || sizes.channels == 0) return true;
-  const Axis y = grad_input_axis(sizes, 0), x = grad_input_axis(sizes, 1);
-  const Layout layout(y, x, sizes.images, sizes.features, grad_output.type, kernels.lanes,
-                      kernels.accumulate_vectors);
+  const ConvAxis y = grad_input_axis(sizes, 0), x = grad_input_axis(sizes, 1);
+  const ConvLayout layout(y, x, sizes.images, sizes.features, grad_output.type, kernels.lanes,
+                          kernels.accumulate_vectors);
   if (!layout.fits()) return false;
   Program program(layout, sizes.channels * y.targets * x.targets, indices.count);
   Buffer room;
@@ -491,12 +321,11 @@ bool convolution_grad_values(const SparseConvKernels& kernels, const Convolution
                              const ParallelFor& parallel_for) {
   const int64_t count = indices.count;
   if (count == 0) return true;
-  const Axis y = forward_axis(sizes, 0), x = forward_axis(sizes, 1);
-  const Layout layout(y, x, sizes.images, sizes.channels, input.type, kernels.lanes,
-                      kernels.sample_vectors);
+  const ConvAxis y = forward_axis(sizes, 0), x = forward_axis(sizes, 1);
+  const ConvLayout layout(y, x, sizes.images, sizes.channels, input.type, kernels.lanes,
+                          kernels.sample_vectors);
   if (!layout.fits()) return false;
-  const Program program =
-      forward_program(layout, y, x, sizes.features, indices, parallel_for);
+  const Program program = forward_program(layout, y, x, sizes.features, indices, parallel_for);
   // The gradient along the lines, 0 where they have no pixel: planes without padding.
   Planes lines = layout.planes();
   lines.y = {sizes.output[0], 0, 1, 1, sizes.output[0]};
@@ -516,7 +345,7 @@ bool convolution_grad_values(const SparseConvKernels& kernels, const Convolution
     auto gradients = std::make_shared<Buffer>(sizes.features * lines.plane);
     return [&, planes, gradients](int64_t slot, int64_t begin, int64_t end) {
       for (int64_t t = slot * tiles / slots; t < (slot + 1) * tiles / slots; ++t) {
-        const Tile tile = layout.tile(t);
+        const ConvTile tile = layout.tile(t);
         const float* from = layout.planes_of(kernels, input, tile, planes->get());
         Planes here = lines;
         here.channels = end - begin;

@@ -22,8 +22,9 @@ struct Convolution {
   int64_t taps() const { return kernel[0] * kernel[1]; }
 };
 
-// The indices of E entries; `columns` are uint16 or int32. What they mean: ppkernels/ops/_entries.py
-// for the rows of the weight; and for `convolution_grad_input` the reference of op `topology`.
+// The indices of E entries; `columns` are uint16 or int32. What they mean:
+// ppkernels/ops/_entries.py for the rows of the weight; and for `convolution_grad_input` the
+// reference of op `topology`.
 struct SparseIndices {
   const int32_t* offsets;
   const void* columns;

@@ -2,6 +2,7 @@
 #include "kernels/sparse_conv.h"
 
 #include "kernels/panel.h"
+#include "simd/part.h"
 
 namespace ppkernels::PPKERNELS_ISA {
 namespace {
@@ -109,8 +110,7 @@ PPKERNELS_INLINE void write_row(T* out, const float* lines, int64_t line, int64_
       const Interleaved both = interleaved(load(lines + j), load(lines + line + j));
       const int64_t left = last - 2 * j;
       store_first(out + 2 * j, both.low, least(left, kLanes));
-      if (left > kLanes)
-        store_first(out + 2 * j + kLanes, both.high, least(left - kLanes, kLanes));
+      if (left > kLanes) store_first(out + 2 * j + kLanes, both.high, least(left - kLanes, kLanes));
     }
     return;
   }
@@ -145,8 +145,9 @@ PPKERNELS_INLINE void write_pass(const Pixels& p, int64_t channel, int64_t y_pha
 // ---- rows of entries times a pass
 
 template <int V>
-PPKERNELS_INLINE void accumulate_row(const Entries& entries, const float* operands, const float* from,
-                                     float start, int64_t begin, int64_t end, float* to) {
+PPKERNELS_INLINE void accumulate_row(const Entries& entries, const float* operands,
+                                     const float* from, float start, int64_t begin, int64_t end,
+                                     float* to) {
   Sums<V, (V < 8 ? 2 : 1)> sums;
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) sums.even[v] = from ? load(from + v * kLanes) : splat(start);
@@ -213,9 +214,8 @@ void correlate_entry(const Entries& entries, const float* planes, const Line& li
 }
 
 template <int V>
-PPKERNELS_LOOP void sample_pass(const Entries& entries, const float* planes,
-                                const float* gradients, int64_t gradient_plane, int64_t begin,
-                                int64_t end, float* out) {
+PPKERNELS_LOOP void sample_pass(const Entries& entries, const float* planes, const float* gradients,
+                                int64_t gradient_plane, int64_t begin, int64_t end, float* out) {
   for (int64_t b = 0; b < entries.blocks; ++b) {
     for (int64_t r = begin; r < end; ++r) {
       const int32_t* segment = entries.segments + r * (entries.blocks + 1) + b;

@@ -1,5 +1,5 @@
-// The passes of a convolution by a sparse weight: images into planes, a tile of pixels times rows of
-// entries, and back. On raw memory, each call in one thread.
+// The passes of a convolution by a sparse weight: images into planes, a tile of pixels times rows
+// of entries, and back. On raw memory, each call in one thread.
 //
 // Note [Lines of pixels]
 //
