@@ -109,6 +109,8 @@ const float* ConvLayout::planes_of(const SparseConvKernels& kernels, TypedMemory
   }
   const char* from = (const char*)source.data + begin * element_bytes(source.type);
   kernels.pack(planes_, source.type, from, tile.images, tile.y, tile.rows + y_.reach, room);
+  // Where planes end with the image, passes read on behind the last one.
+  if (in_place_) std::fill_n(room + plane_count() * planes_.plane, positions_, 0.0f);
   return room;
 }
 
