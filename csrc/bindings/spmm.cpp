@@ -141,6 +141,11 @@ int64_t threads_for(int64_t work) {
   return std::clamp(work / kWorkPerThread, int64_t(1), threads);
 }
 
+// Values through an order are put in order first where enough panels read them: from two panels on
+// where the values leave L2, else from this many on. Measured: ops/spmm/README.md.
+constexpr int64_t kCachedValues = int64_t(2) << 20;
+constexpr int64_t kPanelsPerGather = 8;
+
 // The first row of part `part` of `parts`, which have about as many entries each.
 int64_t row_of_part(const Weight& w, int64_t part, int64_t parts) {
   if (part >= parts) return w.rows;
@@ -200,6 +205,18 @@ void multiply(const Batch& x, const Weight& w, const float* bias, const Tensor& 
   if (force) width = std::min<int64_t>(width, std::atoi(force));
   const Panels panels(x.count, width);
   const int64_t parts = panels.count % threads == 0 || panels.count >= 8 * threads ? 1 : threads;
+  const bool gathers = w.entries.order != nullptr &&
+                       panels.count >= (w.count * 4 > kCachedValues ? 2 : kPanelsPerGather);
+  SpmmEntries entries = w.entries;
+  if (gathers) {
+    float* values = call_scratch.floats(w.count);
+    for_each_part(w.count, [&](int64_t begin, int64_t end) {
+      kernels.gather(w.entries, values, begin, end);
+    });
+    entries.type = Type::kFloat32;
+    entries.values = values;
+    entries.order = nullptr;
+  }
   const int64_t element_bytes = x.matrix.type == Type::kFloat32 ? 4 : 2;
   for_each_unit(panels.count * parts, [&](int64_t begin, int64_t end) {
     float* panel = panel_scratch.floats(x.features * width);
@@ -214,7 +231,7 @@ void multiply(const Batch& x, const Weight& w, const float* bias, const Tensor& 
       SpmmOutput here = to;
       here.data = static_cast<char*>(to.data) + panels.first(p) * to.stride * element_bytes;
       here.count = numbers;
-      kernels.multiply(w.entries, panel, last, bias, here, row_of_part(w, part, parts),
+      kernels.multiply(entries, panel, last, bias, here, row_of_part(w, part, parts),
                        row_of_part(w, part + 1, parts));
     }
   });

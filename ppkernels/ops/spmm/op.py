@@ -187,8 +187,11 @@ class Spmm(torch.autograd.Function):
         offsets, columns = topology.offsets, topology.columns
         if torch._C._are_functorch_transforms_active():
             return _run("spmm", True, input, values, offsets, columns, bias)
-        needs_input = input.requires_grad and torch.is_grad_enabled()
-        transposed = topology.transposed() if needs_input else (None, None, None)
+        trained = (input, values) if bias is None else (input, values, bias)
+        if not (torch.is_grad_enabled() and any(each.requires_grad for each in trained)):
+            # The Function alone costs 2 µs.
+            return _run("spmm", False, input, values, offsets, columns, bias)
+        transposed = topology.transposed() if input.requires_grad else (None, None, None)
         out: Tensor = Spmm.apply(input, values, bias, offsets, columns, *transposed)
         return out
 
