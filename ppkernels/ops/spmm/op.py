@@ -189,8 +189,8 @@ class Spmm(torch.autograd.Function):
             return _run("spmm", True, input, values, offsets, columns, bias)
         trained = (input, values) if bias is None else (input, values, bias)
         if not (torch.is_grad_enabled() and any(each.requires_grad for each in trained)):
-            # The Function alone costs 2 µs.
-            return _run("spmm", False, input, values, offsets, columns, bias)
+            plain = uses_reference(input, values)
+            return _run("spmm", plain, input, values, offsets, columns, bias)
         transposed = topology.transposed() if input.requires_grad else (None, None, None)
         out: Tensor = Spmm.apply(input, values, bias, offsets, columns, *transposed)
         return out
