@@ -21,9 +21,9 @@ from ppkernels.nn.convert import add_masks
 from ppkernels.nn.exchange import become
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.plan import Choice, PlannedLayer, SparsifyPlan
-from ppkernels.nn.powered import Powered
 from ppkernels.nn.replay import replayed, without_masks
 from ppkernels.nn.sparse import Sparse
+from ppkernels.nn.sparse_convert import dense_class
 from ppkernels.nn.sparse_kept import KERNEL_DTYPES
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -183,8 +183,7 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     made = {name: layer.to_dense() for name, layer in layers.items()}
     for name, layer in layers.items():
         topology, grad, dense = layer.topology, layer.weight.grad, made[name]
-        was_plain = not issubclass(layer.__dict__.get("_dense_class", Masked), Masked)
-        if was_plain and not isinstance(dense, Powered):
+        if not issubclass(dense_class(layer), Masked):
             dense.become_plain()
         become(layer, dense)
         layer.weight.grad = None if grad is None else topology.scatter(grad)
