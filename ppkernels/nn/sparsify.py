@@ -23,6 +23,7 @@ from ppkernels.nn.masks import Masked
 from ppkernels.nn.plan import Choice, PlannedLayer, SparsifyPlan
 from ppkernels.nn.replay import replayed, without_masks
 from ppkernels.nn.sparse import Sparse
+from ppkernels.nn.sparse_change import sharing
 from ppkernels.nn.sparse_convert import dense_class
 from ppkernels.nn.sparse_kept import KERNEL_DTYPES
 
@@ -166,9 +167,10 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
 
     Raises:
         TypeError: no module; an optimizer of another kind.
-        ValueError: a model that is wrapped or compiled.
-        RuntimeError: an optimizer's state that is not known to follow; a weight that torch.nn.utils
-            has parametrized or pruned.
+        ValueError: a model that is wrapped or compiled; a weight that a layer with another topology
+            or one outside ``model`` shares.
+        RuntimeError: an optimizer's state that is not known to follow; a weight or bias that
+            torch.nn.utils has parametrized or pruned.
 
     Nothing is changed when an error is raised.
     """
@@ -176,16 +178,23 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     _check_bare("densify", model)
     optimizers = optimizers_of("densify", optimizer)
     layers = {name: each for name, each in model.named_modules() if isinstance(each, Sparse)}
+    for name, layer in layers.items():
+        _check_alone(name, layer, layers.values())
+    # Layers may share a weight: one of each, whose gradient and state are scattered once.
+    by_weight = {id(layer.weight): (name, layer) for name, layer in layers.items()}
     states = {
         name: state_tensors("densify", optimizers, name, layer.weight)
-        for name, layer in layers.items()
+        for name, layer in by_weight.values()
     }
+    topologies = {name: layer.topology for name, layer in layers.items()}
+    grads = {name: layer.weight.grad for name, layer in layers.items()}
     made = {name: layer.to_dense() for name, layer in layers.items()}
     for name, layer in layers.items():
-        topology, grad, dense = layer.topology, layer.weight.grad, made[name]
         if not issubclass(dense_class(layer), Masked):
-            dense.become_plain()
-        become(layer, dense)
+            made[name].become_plain()
+        become(layer, made[name])
+    for name, layer in by_weight.values():
+        topology, grad = topologies[name], grads[name]
         layer.weight.grad = None if grad is None else topology.scatter(grad)
         for tensor in states[name]:
             tensor.replace(topology.scatter)
@@ -200,6 +209,18 @@ def _check_bare(op: str, model: nn.Module) -> None:
             raise ValueError(
                 f"{op}: {called(name, module)} wraps a model whose layers are to change; do this "
                 "to the model itself, before it is wrapped"
+            )
+
+
+def _check_alone(name: str, layer: Sparse, layers: Iterable[Sparse]) -> None:
+    """``layer`` can become dense, and whoever shares its weight does so with it."""
+    op = f"densify of {name!r}" if name else "densify"
+    weight = layer._check_own_parameters(op)
+    for other in sharing(op, layer, weight):
+        if all(other is not each for each in layers):
+            raise ValueError(
+                f"densify: {called(name, layer)} shares its weight with {other} outside the model; "
+                "densify a module that contains both"
             )
 
 
