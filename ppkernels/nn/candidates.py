@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ppkernels._checks import normal_tensors
 from ppkernels._powered import is_masked, weight_parameter
 from ppkernels.nn.choice import Select
 from ppkernels.nn.sharing import others_with, owners_of, readers_of
@@ -57,6 +58,7 @@ class Candidate:
             return "all of its entries are 0, and none is frozen"
         return None
 
+    @normal_tensors()
     def as_sparse(self, kept: int | None = None) -> Sparse:
         """A sparse layer of this one, which stays as it is.
 

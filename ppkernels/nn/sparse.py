@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels import _powered
+from ppkernels._checks import normal_tensors
 from ppkernels._powered import is_masked, is_powered
 from ppkernels.autograd import Power
 from ppkernels.nn.checkpoint import INDICES, MASKS, taken_topology
@@ -235,7 +236,9 @@ class Sparse(Masked):
             topology = taken_topology(state_dict, prefix, self._topology)
             if topology is not None and topology is not self._topology:
                 weight = self._own_weight("load_state_dict")
-                exchange_values(weight, weight.detach().new_empty(topology.count()))
+                with normal_tensors():
+                    values = weight.detach().new_empty(topology.count())
+                exchange_values(weight, values)
                 self._move(topology, {})
         except (TypeError, ValueError, RuntimeError) as error:
             # Nothing of this layer is loaded.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ppkernels import _powered
-from ppkernels._checks import check_floating
+from ppkernels._checks import check_floating, normal_tensors
 from ppkernels._optimizers import StateTensor, group_of, optimizers_of, state_tensors
 from ppkernels.nn.guard import note_resized
 from ppkernels.ops import BitMask, Topology
@@ -37,6 +37,7 @@ class _Moved(NamedTuple):
         return new
 
 
+@normal_tensors()
 def change_topology(
     layer: Sparse,
     drop: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from ppkernels._checks import check_model, check_number
+from ppkernels._checks import check_model, check_number, normal_tensors
 from ppkernels._extension import cpu_capability
 from ppkernels._optimizers import optimizers_of, state_tensors
 from ppkernels._powered import is_sparse
@@ -92,7 +92,8 @@ def sparsify(
         TypeError: arguments of another kind; not one of ``sample_input`` and ``plan``.
         ValueError: a model without such layers, or that is wrapped; a name that there is not; a
             plan of another model.
-        RuntimeError: an optimizer's state that is not known to follow.
+        RuntimeError: an optimizer's state that is not known to follow; ``training`` is to be
+            measured in torch.inference_mode.
 
     Nothing is changed when an error is raised. `densify` is the way back.
 
@@ -112,6 +113,13 @@ def sparsify(
     _check_bare("sparsify", model)
     if (sample_input is None) == (plan is None):
         raise TypeError("sparsify: give sample_input, or plan, and not both")
+    if not isinstance(training, bool):
+        raise TypeError(f"sparsify: training must be True or False, got {training!r}")
+    if training and plan is None and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "sparsify: in torch.inference_mode no backward can be measured; leave the mode, or "
+            "give training=False"
+        )
     optimizers = optimizers_of("sparsify", optimizer)
     found = candidates(model)
     if not found:
@@ -147,6 +155,7 @@ def sparsify(
     return plan
 
 
+@normal_tensors()
 def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     """Turn the sparse layers of ``model`` into dense ones again, in place: `sparsify` undone.
 
@@ -290,6 +299,7 @@ def _row(
 # ---- the change itself
 
 
+@normal_tensors()
 def _become_sparse(
     model: nn.Module,
     made: Mapping[str, Sparse],

@@ -281,6 +281,43 @@ def test_folded_and_powered_afterwards(pruned: Make, faster: Any) -> None:
     torch.testing.assert_close(model(images()), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode(pruned: Make, faster: Any, kind: str) -> None:
+    """What changes in it can be trained afterwards."""
+    model = pruned(kind)
+    if kind == "theta":
+        bits = torch.rand_like(model.flat.weight) < 0.9
+        model.flat.mask = pp.BitMask.pack(bits | ~model.flat.update_mask.unpack())
+    optimizer = pp.optim.PowerSGD(model, 0.05, momentum=0.9)
+    train(model, optimizer, 2)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"in torch\.inference_mode no backward can be mea"):
+            pp.sparsify(model, images(), optimizer=optimizer, measure=faster)
+        pp.sparsify(model, images(), training=False, optimizer=optimizer, measure=faster)
+        assert torch.is_inference_mode_enabled()
+    assert isinstance(model.flat, pp.nn.SparseLinear)
+    train(model, optimizer, 2)
+    none = torch.empty(0, dtype=torch.int64)
+    with torch.inference_mode():
+        dropped = torch.tensor([0, 1])
+        place = model.flat.topology.places()[:1]
+        model.flat.change_topology(dropped, place, optimizer=optimizer)
+        model.flat.change_topology(none, none, optimizer=optimizer)
+    train(model, optimizer, 2)
+    state, plan = copy.deepcopy(model.state_dict()), pp.sparsify(model, images(), measure=faster)
+    fresh = type(model)()
+    if kind in ("theta", "phi"):
+        pp.powerize(fresh, 1.5, kind)
+    with torch.inference_mode():
+        pp.sparsify(fresh, plan=plan)
+        fresh.load_state_dict(state)
+    assert not any(parameter.is_inference() for parameter in fresh.parameters())
+    train(fresh, pp.optim.PowerSGD(fresh, 0.05, momentum=0.9), 2)
+    with torch.inference_mode():
+        pp.densify(model, optimizer=optimizer)
+    train(model, optimizer, 2)
+
+
 REPLACED: dict[str, Callable[[nn.Module], object]] = {
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "normalised": nn.utils.parametrizations.weight_norm,

@@ -316,6 +316,7 @@ def test_arguments(pruned: Make) -> None:
     for kwargs, kind, message in (
         ({}, TypeError, "give sample_input, or plan, and not both"),
         ({"sample_input": IMAGES, "plan": 3}, TypeError, "and not both"),
+        ({"sample_input": IMAGES, "training": 1}, TypeError, "training must be True or False, got"),
         ({"plan": 3}, TypeError, r"plan must be a pp\.SparsifyPlan"),
         ({"sample_input": [IMAGES]}, TypeError, "must be a tensor, a tuple of arguments or a dict"),
         ({"sample_input": IMAGES, "at_least": -1}, ValueError, "at_least must be a number >= 0"),
