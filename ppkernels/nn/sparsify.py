@@ -80,7 +80,8 @@ def sparsify(
         plan: instead of ``sample_input``: the plan of another copy of the model. Nothing is
             measured, and the same layers become sparse; plain ones get masks where they had some.
             So a new model can load a checkpoint. A layer that is not pruned here keeps as many
-            entries as the plan says, the largest. Layers that were powered have to be so before.
+            entries as the plan says, the largest; at random where its weight is on the meta device
+            or has a NaN. Layers that were powered have to be so before.
         measure: who says how long a layer takes, by default the clock: called with the layer, its
             sparse counterpart, the calls of one forward and ``training``, it gives both in seconds.
 
