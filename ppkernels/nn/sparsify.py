@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ppkernels._checks import check_model, check_number, normal_tensors
 from ppkernels._extension import cpu_capability
-from ppkernels._optimizers import optimizers_of, state_tensors
+from ppkernels._optimizers import check_one_has, optimizers_of, state_tensors
 from ppkernels._powered import is_sparse
 from ppkernels.nn.calls import Call, Measure, calls_of, timed
 from ppkernels.nn.candidates import Candidate, candidates, selected
@@ -92,7 +92,7 @@ def sparsify(
     Raises:
         TypeError: arguments of another kind; not one of ``sample_input`` and ``plan``.
         ValueError: a model without such layers, or that is wrapped; a name that there is not; a
-            plan of another model.
+            plan of another model; optimizers of which none has a weight of the model.
         RuntimeError: an optimizer's state that is not known to follow; ``training`` is to be
             measured in torch.inference_mode.
 
@@ -121,7 +121,7 @@ def sparsify(
             "sparsify: in torch.inference_mode no backward can be measured; leave the mode, or "
             "give training=False"
         )
-    optimizers = optimizers_of("sparsify", optimizer)
+    optimizers = _optimizers_of("sparsify", model, optimizer)
     found = candidates(model)
     if not found:
         raise ValueError(f"sparsify: {type(model).__name__} holds no linear or convolution layer")
@@ -177,7 +177,8 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
 
     Raises:
         TypeError: no module; an optimizer of another kind.
-        ValueError: a model that is wrapped or compiled; a weight that a layer with another topology
+        ValueError: a model that is wrapped or compiled; optimizers of which none has a weight of
+            the model; a weight that a layer with another topology
             or one outside ``model`` shares.
         RuntimeError: an optimizer's state that is not known to follow; a weight or bias that
             torch.nn.utils has parametrized or pruned.
@@ -186,7 +187,7 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     """
     check_model("densify", model)
     _check_bare("densify", model)
-    optimizers = optimizers_of("densify", optimizer)
+    optimizers = _optimizers_of("densify", model, optimizer)
     layers = {name: each for name, each in model.named_modules() if isinstance(each, Sparse)}
     for name, layer in layers.items():
         _check_alone(name, layer, layers.values())
@@ -220,6 +221,13 @@ def _check_bare(op: str, model: nn.Module) -> None:
                 f"{op}: {called(name, module)} wraps a model whose layers are to change; do this "
                 "to the model itself, before it is wrapped"
             )
+
+
+def _optimizers_of(op: str, model: nn.Module, optimizer: Optimizers | None) -> list[Optimizer]:
+    """The optimizers given, which are not all another model's."""
+    optimizers = optimizers_of(op, optimizer)
+    check_one_has(op, optimizers, model.parameters(), f"a weight of the {type(model).__name__}")
+    return optimizers
 
 
 def _check_alone(name: str, layer: Sparse, layers: Iterable[Sparse]) -> None:

@@ -249,6 +249,19 @@ def test_states_that_do_not_follow(pruned: Make, faster: Any) -> None:
         pp.sparsify(model, images(), optimizer=[3])
 
 
+def test_an_optimizer_of_another_model(pruned: Make, faster: Any) -> None:
+    model, other = pruned(), pruned()
+    optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (other, model)]
+    message = "optimizer must have a weight of the ConvNet, got SGD without"
+    with pytest.raises(ValueError, match=f"sparsify: {message}"):
+        pp.sparsify(model, images(), optimizer=optimizers[:1], measure=faster)
+    pp.sparsify(model, images(), optimizer=optimizers, measure=faster)
+    with pytest.raises(ValueError, match=f"densify: {message}"):
+        pp.densify(model, optimizer=optimizers[0])
+    assert isinstance(model.flat, pp.nn.SparseLinear)
+    pp.densify(model, optimizer=optimizers)
+
+
 def test_the_sample_leaves_nothing_behind(pruned: Make) -> None:
     model = pruned()
     model.twice.eval()
