@@ -72,7 +72,7 @@ class Candidate:
         layer, weight = self.layer, cast(Tensor, self.layer.weight)
         if weight.is_meta:
             return to_sparse(layer, random_topology(self.shape, kept))
-        theta = cast(Tensor, layer.theta if is_masked(layer) else weight).detach()
+        theta = (layer.theta if is_masked(layer) else weight).detach()
         if theta.isnan().any():  # memory that nobody has written to
             return to_sparse(layer, random_topology(self.shape, kept).to(weight.device))
         return to_sparse(layer, Topology.of_mask(topk_mask(theta, kept)))
