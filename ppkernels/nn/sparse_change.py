@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ppkernels import _powered
 from ppkernels._checks import check_floating, normal_tensors
 from ppkernels._optimizers import StateTensor, check_one_has, optimizers_of, state_tensors
-from ppkernels.nn.guard import note_resized
+from ppkernels._resized import note_resized
 from ppkernels.ops import BitMask, Topology
 
 if TYPE_CHECKING:

@@ -1,4 +1,5 @@
 """`pp.sparsify` and `pp.densify`: the same network, gradients and training, in place."""
+# Longer than 350 lines: many short tests of one subject, which all change one network.
 
 from __future__ import annotations
 
@@ -226,10 +227,30 @@ def test_an_optimizer_that_was_not_told(pruned: Make, faster: Any, name: str, wa
     train(model, optimizer, 1)
     pp.sparsify(model, images(), measure=faster) if way == "sparse" else pp.densify(model)
     message = r"in its state has the shape .* before it became .*pp\.sparsify\(.*optimizer=opt"
-    if name.startswith("power"):
-        message = "must be a CPU tensor like its weight"
     with pytest.raises(RuntimeError, match=message):
         train(model, optimizer, 1)
+
+
+def test_a_state_of_before_a_checkpoint() -> None:
+    layer, other = (pp.nn.PowerSparseLinear(8, 8, kept=k, alpha=2.0) for k in (0.5, 0.25))
+    optimizer = pp.optim.PowerSGD(layer, 0.1, momentum=0.9)
+    for _ in range(2):
+        layer(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    layer.load_state_dict(other.state_dict())
+    layer(torch.ones(2, 8)).sum().backward()
+    before = layer.weight.detach().clone()
+    message = r"PowerSGD\.step: 'momentum_buffer' in its state has the shape \(32,\) that"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    fresh = pp.optim.PowerSGD(layer, 0.1, momentum=0.9)
+    fresh.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=message):
+        fresh.step()
+    assert torch.equal(layer.weight, before)
+    pp.optim.PowerSGD(layer, 0.1, momentum=0.9).step()
+    assert not torch.equal(layer.weight, before)
 
 
 def test_states_that_do_not_follow(pruned: Make, faster: Any) -> None:

@@ -1,4 +1,5 @@
 """What `pp.sparsify` chooses, why, and how a plan is written, read and replayed."""
+# Longer than 350 lines: a third of it is tables of what is refused or left dense.
 
 from __future__ import annotations
 
