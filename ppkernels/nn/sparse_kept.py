@@ -95,6 +95,8 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
     if type(layer) not in classes or plain_class is not classes[0]:
         names = ", ".join(each.__name__ for each in classes)
         return f"only layers of the classes {names} can be, and no subclasses"
+    if has_own_forward(layer):
+        return "something has put a forward of its own in place of its class's"
     weight = weight_parameter(layer)
     if weight is None:
         return "its weight is no Parameter of its own (torch.nn.utils has normalised or pruned it)"
@@ -103,6 +105,14 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
     if weight.dtype not in KERNEL_DTYPES:
         return f"its weight is {weight.dtype}, and the kernels have float32 and bfloat16"
     return None
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether the layer itself has a forward, as wrappers set it, which calls one of its class.
+
+    It would go on to do so when the layer is of another class.
+    """
+    return "forward" in layer.__dict__
 
 
 def check_no_obstacle(op: str, layer: nn.Module, reason: str | None) -> None:

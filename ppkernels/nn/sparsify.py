@@ -25,7 +25,7 @@ from ppkernels.nn.replay import replayed, without_masks
 from ppkernels.nn.sparse import Sparse
 from ppkernels.nn.sparse_change import sharing
 from ppkernels.nn.sparse_convert import dense_class
-from ppkernels.nn.sparse_kept import KERNEL_DTYPES
+from ppkernels.nn.sparse_kept import KERNEL_DTYPES, has_own_forward
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -64,7 +64,8 @@ def sparsify(
     Left dense, with the reason in the plan: layers of other kinds than nn.Linear and nn.Conv2d,
     powered or with masks or plain; subclasses; what `pp.nn.SparseConv2d` does not have; weights
     that others share, that torch.nn.utils has put something in place of, or that a module such as
-    nn.MultiheadAttention reads itself; layers that ``sample_input`` does not reach.
+    nn.MultiheadAttention reads itself; layers whose ``forward`` a wrapper has replaced; layers that
+    ``sample_input`` does not reach.
 
     Args:
         model: any module; a layer itself is changed.
@@ -181,7 +182,7 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
             the model; a weight that a layer with another topology
             or one outside ``model`` shares.
         RuntimeError: an optimizer's state that is not known to follow; a weight or bias that
-            torch.nn.utils has parametrized or pruned.
+            torch.nn.utils has parametrized or pruned; a layer with a ``forward`` of its own.
 
     Nothing is changed when an error is raised.
     """
@@ -234,6 +235,11 @@ def _check_alone(name: str, layer: Sparse, layers: Iterable[Sparse]) -> None:
     """``layer`` can become dense, and whoever shares its weight does so with it."""
     op = f"densify of {name!r}" if name else "densify"
     weight = layer._check_own_parameters(op)
+    if has_own_forward(layer):
+        raise RuntimeError(
+            f"{op}: something has put a forward of its own in place of {type(layer).__name__}'s, "
+            "which would be called on; take that away first"
+        )
     for other in sharing(op, layer, weight):
         if all(other is not each for each in layers):
             raise ValueError(

@@ -382,6 +382,26 @@ def test_parameters_that_torch_has_replaced(pruned: Make, faster: Any, way: str)
         model.head.to_dense()
 
 
+def test_layers_with_a_forward_of_their_own(pruned: Make, faster: Any) -> None:
+    def wrap(layer: nn.Module) -> None:
+        inner = layer.forward
+        layer.forward = lambda x: inner(x)
+
+    model = pruned()
+    wrap(model.flat)
+    plan = pp.sparsify(model, images(), measure=faster)
+    reason = "something has put a forward of its own in place of its class's"
+    assert {row.name: row.reason for row in plan.layers}["flat"] == reason
+    with pytest.raises(TypeError, match=f"cannot be sparse: {reason}"):
+        pp.nn.SparseLinear.from_linear(model.flat)
+    seeded(model, images())
+    wrap(model.head)
+    with pytest.raises(RuntimeError, match="densify of 'head': something has put a forward of its"):
+        pp.densify(model)
+    assert isinstance(model.first, pp.nn.SparseConv2d)
+    seeded(model, images())
+
+
 def tied(stores: str | None = None) -> nn.Sequential:
     """Two sparse layers of one weight, with a gradient."""
     options = {} if stores is None else {"alpha": 2.0, "stores": stores}
