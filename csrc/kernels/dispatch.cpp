@@ -4,6 +4,7 @@
 #include "kernels/power.h"
 #include "kernels/select.h"
 #include "kernels/sparse_conv.h"
+#include "kernels/spmm.h"
 #include "kernels/statistics.h"
 #include "kernels/step.h"
 
@@ -15,6 +16,7 @@ namespace ppkernels {
   extern const PowerKernels kPower;           \
   extern const SelectKernels kSelect;         \
   extern const SparseConvKernels kSparseConv; \
+  extern const SpmmKernels kSpmm;             \
   extern const StatisticsKernels kStatistics; \
   extern const StepKernels kStep;
 
@@ -84,6 +86,7 @@ const BitmaskKernels& bitmask_kernels(Isa isa) { PPKERNELS_PICK(kBitmask) }
 const PowerKernels& power_kernels(Isa isa) { PPKERNELS_PICK(kPower) }
 const SelectKernels& select_kernels(Isa isa) { PPKERNELS_PICK(kSelect) }
 const SparseConvKernels& sparse_conv_kernels(Isa isa) { PPKERNELS_PICK(kSparseConv) }
+const SpmmKernels& spmm_kernels(Isa isa) { PPKERNELS_PICK(kSpmm) }
 const StatisticsKernels& statistics_kernels(Isa isa) { PPKERNELS_PICK(kStatistics) }
 const StepKernels& step_kernels(Isa isa) { PPKERNELS_PICK(kStep) }
 

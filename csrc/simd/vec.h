@@ -83,6 +83,14 @@ inline f32v fma(f32v a, f32v b, f32v c) {
 // Four floats, whatever the instruction set.
 typedef float f32x4 __attribute__((vector_size(16)));
 
+inline float sum_of(f32x4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+#if defined(__AVX2__) || defined(__AVX512F__)  // elsewhere that is f32v
+inline f32x4 fma(f32x4 a, f32x4 b, f32x4 c) {
+  return (f32x4)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+}
+#endif
+
 // The sum of the lanes of each of four vectors. Each is added up in the same order, so that it does
 // not matter which of the four a vector is.
 inline f32x4 sums_of(f32v a, f32v b, f32v c, f32v d) {
@@ -227,6 +235,14 @@ inline V load_bits(const T* p) {
 }
 
 inline f32v load(const float* p) { return load_bits<f32v>(p); }
+
+inline float as_float(float x) { return x; }
+inline float as_float(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 inline f32v load(const bf16* p) {
   return from_bits(__builtin_convertvector(load_bits<u16v>(p), u32v) << 16);

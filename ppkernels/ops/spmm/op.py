@@ -198,8 +198,11 @@ class Spmm(torch.autograd.Function):
         offsets, columns = topology.offsets, topology.columns
         if torch._C._are_functorch_transforms_active():
             return reference.spmm(input, values, offsets, columns, bias)
-        needs_input = input.requires_grad and torch.is_grad_enabled()
-        transposed = topology.transposed() if needs_input else (None, None, None)
+        if not torch.is_grad_enabled() or not (
+            input.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _forward(input, values, offsets, columns, bias)
+        transposed = topology.transposed() if input.requires_grad else (None, None, None)
         out: Tensor = Spmm.apply(input, values, bias, offsets, columns, *transposed)
         return out
 
