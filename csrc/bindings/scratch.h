@@ -16,7 +16,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(start_); }
 
-  // Room for `count` floats, of no particular value; valid until the next call.
+  // Room for `count` floats, of no particular value; valid until the next call of either function.
   float* floats(int64_t count) {
     const size_t bytes = (size_t(count) * sizeof(float) + 4095) / 4096 * 4096;
     if (bytes > bytes_) {
@@ -29,7 +29,17 @@ class Scratch {
     return static_cast<float*>(start_);
   }
 
+  // Gives back what is too large to be kept.
+  void trim() {
+    if (bytes_ <= kKeptBytes) return;
+    std::free(start_);
+    start_ = nullptr;
+    bytes_ = 0;
+  }
+
  private:
+  static constexpr size_t kKeptBytes = size_t(16) << 20;
+
   void* start_ = nullptr;
   size_t bytes_ = 0;
 };
