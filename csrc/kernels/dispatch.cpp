@@ -3,6 +3,7 @@
 #include "kernels/isa.h"
 #include "kernels/power.h"
 #include "kernels/select.h"
+#include "kernels/sparse_conv.h"
 #include "kernels/spmm.h"
 #include "kernels/statistics.h"
 #include "kernels/step.h"
@@ -14,6 +15,7 @@ namespace ppkernels {
   extern const BitmaskKernels kBitmask;       \
   extern const PowerKernels kPower;           \
   extern const SelectKernels kSelect;         \
+  extern const SparseConvKernels kSparseConv; \
   extern const SpmmKernels kSpmm;             \
   extern const StatisticsKernels kStatistics; \
   extern const StepKernels kStep;
@@ -83,6 +85,7 @@ Isa best_isa() {
 const BitmaskKernels& bitmask_kernels(Isa isa) { PPKERNELS_PICK(kBitmask) }
 const PowerKernels& power_kernels(Isa isa) { PPKERNELS_PICK(kPower) }
 const SelectKernels& select_kernels(Isa isa) { PPKERNELS_PICK(kSelect) }
+const SparseConvKernels& sparse_conv_kernels(Isa isa) { PPKERNELS_PICK(kSparseConv) }
 const SpmmKernels& spmm_kernels(Isa isa) { PPKERNELS_PICK(kSpmm) }
 const StatisticsKernels& statistics_kernels(Isa isa) { PPKERNELS_PICK(kStatistics) }
 const StepKernels& step_kernels(Isa isa) { PPKERNELS_PICK(kStep) }

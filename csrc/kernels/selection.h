@@ -6,9 +6,9 @@
 
 #include <stdint.h>
 
-#include <functional>
 #include <vector>
 
+#include "kernels/parallel.h"
 #include "kernels/select.h"
 
 namespace ppkernels {
@@ -26,10 +26,6 @@ struct SelectTensor {
   uint8_t* words;
   double alpha;
 };
-
-// Calls its body for parts of 0 ... n − 1, each of `grain` or more, perhaps in several threads.
-using ParallelFor = std::function<void(int64_t n, int64_t grain,
-                                       const std::function<void(int64_t begin, int64_t end)>&)>;
 
 // The bits of the counts[0] largest elements of all tensors, or of the counts[i] largest of tensor
 // i. No count is larger than the candidates it is of. The bits depend on the tensors alone, not on

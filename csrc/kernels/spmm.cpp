@@ -3,6 +3,7 @@
 #include "kernels/spmm.h"
 
 #include "kernels/panel.h"
+#include "simd/part.h"
 #include "simd/transpose.h"
 #include "simd/vec.h"
 

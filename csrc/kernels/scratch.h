@@ -1,12 +1,12 @@
 // Memory that a thread keeps from call to call: fresh memory costs a page fault for every 4 KiB.
 #pragma once
 
+#include <stdint.h>
+
 #include <cstdlib>
 #include <new>
 
-#include "bindings/tensors.h"
-
-namespace ppkernels::bindings {
+namespace ppkernels {
 
 // One block, aligned to 64 bytes. Make it thread_local.
 class Scratch {
@@ -44,4 +44,4 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-}  // namespace ppkernels::bindings
+}  // namespace ppkernels
