@@ -1,5 +1,4 @@
 // Op `spmm`: the CPU kernels under the schemas of ppkernels/ops/spmm/op.py.
-// Above 350 lines: three ops, what they check, and how they cut their work.
 #include "kernels/spmm.h"
 
 #include <algorithm>
@@ -94,7 +93,7 @@ Tensor empty_of(const Tensor& like, int64_t features) {
 
 // ---- how the work is cut
 
-// A thread more for this many products of an entry and a vector, about 25 µs of work: one that
+// A thread more for this many products of an entry and a vector, some 25 µs of work: one that
 // sleeps takes longer than that to wake up. Measured: ops/spmm/README.md.
 constexpr int64_t kWorkPerThread = int64_t(1) << 16;
 // A panel larger than this leaves L2, and narrower ones are faster.
@@ -106,7 +105,7 @@ constexpr int64_t kRowBlock = 16;
 
 int64_t threads_for(const Weight& w, int64_t vectors) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
-  return std::clamp(w.count * vectors / kWorkPerThread, int64_t(1), threads);
+  return std::clamp((w.count + w.rows * kRowCost) * vectors / kWorkPerThread, int64_t(1), threads);
 }
 
 // Values through an order are put in order first where enough panels read them: from two panels on

@@ -1,5 +1,6 @@
 // Compiled once per instruction set (CMakeLists.txt), each in its own namespace.
-// Above 350 lines: the three products share how a batch is packed and how types are told apart.
+// Longer than 350 lines: the three products share how a batch is packed and how types are told
+// apart.
 #include "kernels/spmm.h"
 
 #include "kernels/panel.h"
