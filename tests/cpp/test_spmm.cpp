@@ -1,5 +1,6 @@
-// The kernels of sparse products over raw memory, against loops in double precision. Buffers are
-// heap blocks of exactly the size in use, so that the address sanitizer sees any step outside.
+// The kernels of sparse products over raw memory, against loops in double precision.
+// Longer than 350 lines: each kernel of the op, and weights and batches for them. Buffers are heap
+// blocks of exactly the size in use, so that the address sanitizer sees any step outside.
 #include "kernels/spmm.h"
 
 #include <algorithm>
