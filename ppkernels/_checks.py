@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -172,6 +173,16 @@ def check_word(op: str, name: str, word: str, first: str, second: str) -> None:
     """``word`` is one of two."""
     if word not in (first, second):
         raise ValueError(f"{op}: {name} must be {first!r} or {second!r}, got {word!r}")
+
+
+@contextmanager
+def normal_tensors() -> Iterator[None]:
+    """What is made in here can be trained, in torch.inference_mode too, which lasts outside."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def is_captured(device: torch.device) -> bool:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ppkernels._checks import normal_tensors
 from ppkernels._powered import is_masked, weight_parameter
 from ppkernels.nn.choice import Select
 from ppkernels.nn.sharing import others_with, owners_of, readers_of
 from ppkernels.nn.sparse import Sparse
-from ppkernels.nn.sparse_convert import sparse_obstacle, to_sparse
+from ppkernels.nn.sparse_convert import dense_class, sparse_obstacle, to_sparse
 from ppkernels.nn.sparse_kept import pruned_mask
 from ppkernels.ops import Topology, topk_mask
 
@@ -40,8 +41,9 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """The layer's class."""
-        return type(self.layer).__name__
+        """The layer's class; of a sparse layer the one that `pp.densify` gives it."""
+        layer = self.layer
+        return (dense_class(layer) if isinstance(layer, Sparse) else type(layer)).__name__
 
     @property
     def entries(self) -> int:
@@ -56,6 +58,7 @@ class Candidate:
             return "all of its entries are 0, and none is frozen"
         return None
 
+    @normal_tensors()
     def as_sparse(self, kept: int | None = None) -> Sparse:
         """A sparse layer of this one, which stays as it is.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels import _powered
-from ppkernels._checks import check_floating
+from ppkernels._checks import check_floating, normal_tensors
 from ppkernels._powered import weight_parameter
 from ppkernels.autograd import ApplyMask
 from ppkernels.nn.checkpoint import MASKS, drop_no_power, refuse_sparse, taken_masks
@@ -167,6 +167,9 @@ class Masked(nn.Module):
 
     def _placed(self, mask: BitMask) -> BitMask:
         device = self.weight.device
+        if mask.words.is_inference():  # autograd could not save them
+            with normal_tensors():
+                mask = BitMask(mask.words.clone(), mask.shape)
         # A meta tensor holds no values, and the mask's would be lost.
         return mask if device.type == "meta" else mask.to(device)
 

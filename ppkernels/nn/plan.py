@@ -22,7 +22,8 @@ class PlannedLayer:
 
     Attributes:
         name: the layer's name in the model.
-        kind: the class that it had.
+        kind: the class that it had; of a layer that was sparse already, the one that `pp.densify`
+            gives it.
         shape: of its weight, [N, K] or [N, C, H, W]; empty where it has none yet.
         kept: how many entries of the weight are kept, all of them where it is not pruned.
         inputs: the shapes of what the layer was called with, each once; empty where it was not

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels import _powered
+from ppkernels._checks import normal_tensors
 from ppkernels._powered import is_masked, is_powered
 from ppkernels.autograd import Power
 from ppkernels.nn.checkpoint import INDICES, MASKS, taken_topology
@@ -84,7 +85,11 @@ class Sparse(Masked):
         Its ``update_mask`` trains what is trained here, so that what is not kept stays 0; a
         ``mask`` hides what is hidden here. It has the same Parameter as its bias, and one of its
         own for its weight; optimizer state stays where it is.
+
+        Raises:
+            RuntimeError: a weight or bias that torch.nn.utils has parametrized or pruned.
         """
+        self._check_own_parameters("to_dense")
         options: dict[str, Any] = {"bias": self.bias is not None, "dtype": self.weight.dtype}
         if is_powered(self):
             options |= {"alpha": self.alpha, "stores": self.stores}
@@ -98,6 +103,16 @@ class Sparse(Masked):
         if self._mask is not None:
             dense.mask = dense_bits(self._topology, self._mask)
         return dense.train(self.training)
+
+    def _check_own_parameters(self, op: str) -> nn.Parameter:
+        """The weight; it and the bias are Parameters of the layer's own."""
+        weight = self._own_weight(op)
+        if "bias" not in self._parameters:
+            raise RuntimeError(
+                f"{op}: the bias of {self} is no longer a Parameter of its own "
+                "(torch.nn.utils.prune or parametrize has replaced it)"
+            )
+        return weight
 
     def _dense_layer(self, **options: Any) -> nn.Module:
         """A dense layer with masks of this one's sizes, powered if this one is."""
@@ -221,7 +236,9 @@ class Sparse(Masked):
             topology = taken_topology(state_dict, prefix, self._topology)
             if topology is not None and topology is not self._topology:
                 weight = self._own_weight("load_state_dict")
-                exchange_values(weight, weight.detach().new_empty(topology.count()))
+                with normal_tensors():
+                    values = weight.detach().new_empty(topology.count())
+                exchange_values(weight, values)
                 self._move(topology, {})
         except (TypeError, ValueError, RuntimeError) as error:
             # Nothing of this layer is loaded.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ppkernels import _powered
-from ppkernels._checks import check_floating
+from ppkernels._checks import check_floating, normal_tensors
 from ppkernels._optimizers import StateTensor, group_of, optimizers_of, state_tensors
 from ppkernels.nn.guard import note_resized
 from ppkernels.ops import BitMask, Topology
@@ -37,6 +37,7 @@ class _Moved(NamedTuple):
         return new
 
 
+@normal_tensors()
 def change_topology(
     layer: Sparse,
     drop: Tensor,
@@ -47,7 +48,7 @@ def change_topology(
     """See `Sparse.change_topology`. All that is refused is found before anything is changed."""
     op = f"{type(layer).__name__}.change_topology"
     weight = layer._own_weight(op)
-    layers = _sharing(op, layer, weight)
+    layers = sharing(op, layer, weight)
     states = _states(op, weight, optimizer)
     topology, origin = layer.topology.changed(drop, grow)
     moved = _Moved(origin, origin >= 0)
@@ -75,6 +76,18 @@ def bound_of(topology: Topology) -> float:
     return 1 / math.sqrt(max(topology.in_features, 1))
 
 
+def sharing(op: str, layer: Sparse, weight: nn.Parameter) -> list[Sparse]:
+    """All layers that have ``weight``, which have to have the same topology."""
+    others = [other for other in _powered.masked_layers_of(weight) if other is not layer]
+    for other in others:
+        if not _powered.is_sparse(other) or other.topology != layer.topology:
+            raise ValueError(
+                f"{op}: {other} shares the weight and has another topology, so its values would no "
+                "longer be those of its entries"
+            )
+    return [layer, *cast(Any, others)]
+
+
 def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
     """Give ``parameter`` other values, of any number, and no gradient; it stays the same object."""
     former = parameter.shape
@@ -89,18 +102,6 @@ def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
     torch.autograd.graph.increment_version(parameter)
     if former != values.shape:
         note_resized(parameter, former)
-
-
-def _sharing(op: str, layer: Sparse, weight: nn.Parameter) -> list[Sparse]:
-    """All layers that have ``weight``."""
-    others = [other for other in _powered.masked_layers_of(weight) if other is not layer]
-    for other in others:
-        if not _powered.is_sparse(other) or other.topology != layer.topology:
-            raise ValueError(
-                f"{op}: {other} shares the weight and has another topology, so its values would no "
-                "longer be those of its entries"
-            )
-    return [layer, *cast(Any, others)]
 
 
 def _states(op: str, weight: nn.Parameter, optimizer: Optimizers) -> list[StateTensor]:

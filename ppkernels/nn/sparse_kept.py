@@ -91,6 +91,8 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
     weight = weight_parameter(layer)
     if weight is None:
         return "its weight is no Parameter of its own (torch.nn.utils has normalised or pruned it)"
+    if "bias" not in layer._parameters:
+        return "its bias is no Parameter of its own (torch.nn.utils has pruned it)"
     if weight.is_meta:
         return "its weight is on the meta device, where tensors have no values"
     if weight.dtype not in KERNEL_DTYPES:

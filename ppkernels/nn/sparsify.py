@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from ppkernels._checks import check_model, check_number
+from ppkernels._checks import check_model, check_number, normal_tensors
 from ppkernels._extension import cpu_capability
 from ppkernels._optimizers import optimizers_of, state_tensors
 from ppkernels._powered import is_sparse
@@ -21,9 +21,10 @@ from ppkernels.nn.convert import add_masks
 from ppkernels.nn.exchange import become
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.plan import Choice, PlannedLayer, SparsifyPlan
-from ppkernels.nn.powered import Powered
 from ppkernels.nn.replay import replayed, without_masks
 from ppkernels.nn.sparse import Sparse
+from ppkernels.nn.sparse_change import sharing
+from ppkernels.nn.sparse_convert import dense_class
 from ppkernels.nn.sparse_kept import KERNEL_DTYPES
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -91,7 +92,8 @@ def sparsify(
         TypeError: arguments of another kind; not one of ``sample_input`` and ``plan``.
         ValueError: a model without such layers, or that is wrapped; a name that there is not; a
             plan of another model.
-        RuntimeError: an optimizer's state that is not known to follow.
+        RuntimeError: an optimizer's state that is not known to follow; ``training`` is to be
+            measured in torch.inference_mode.
 
     Nothing is changed when an error is raised. `densify` is the way back.
 
@@ -111,6 +113,13 @@ def sparsify(
     _check_bare("sparsify", model)
     if (sample_input is None) == (plan is None):
         raise TypeError("sparsify: give sample_input, or plan, and not both")
+    if not isinstance(training, bool):
+        raise TypeError(f"sparsify: training must be True or False, got {training!r}")
+    if training and plan is None and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "sparsify: in torch.inference_mode no backward can be measured; leave the mode, or "
+            "give training=False"
+        )
     optimizers = optimizers_of("sparsify", optimizer)
     found = candidates(model)
     if not found:
@@ -146,6 +155,7 @@ def sparsify(
     return plan
 
 
+@normal_tensors()
 def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     """Turn the sparse layers of ``model`` into dense ones again, in place: `sparsify` undone.
 
@@ -166,9 +176,10 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
 
     Raises:
         TypeError: no module; an optimizer of another kind.
-        ValueError: a model that is wrapped or compiled.
-        RuntimeError: an optimizer's state that is not known to follow; a weight that torch.nn.utils
-            has parametrized or pruned.
+        ValueError: a model that is wrapped or compiled; a weight that a layer with another topology
+            or one outside ``model`` shares.
+        RuntimeError: an optimizer's state that is not known to follow; a weight or bias that
+            torch.nn.utils has parametrized or pruned.
 
     Nothing is changed when an error is raised.
     """
@@ -176,17 +187,23 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     _check_bare("densify", model)
     optimizers = optimizers_of("densify", optimizer)
     layers = {name: each for name, each in model.named_modules() if isinstance(each, Sparse)}
+    for name, layer in layers.items():
+        _check_alone(name, layer, layers.values())
+    # Layers may share a weight: one of each, whose gradient and state are scattered once.
+    by_weight = {id(layer.weight): (name, layer) for name, layer in layers.items()}
     states = {
         name: state_tensors("densify", optimizers, name, layer.weight)
-        for name, layer in layers.items()
+        for name, layer in by_weight.values()
     }
+    topologies = {name: layer.topology for name, layer in layers.items()}
+    grads = {name: layer.weight.grad for name, layer in layers.items()}
     made = {name: layer.to_dense() for name, layer in layers.items()}
     for name, layer in layers.items():
-        topology, grad, dense = layer.topology, layer.weight.grad, made[name]
-        was_plain = not issubclass(layer.__dict__.get("_dense_class", Masked), Masked)
-        if was_plain and not isinstance(dense, Powered):
-            dense.become_plain()
-        become(layer, dense)
+        if not issubclass(dense_class(layer), Masked):
+            made[name].become_plain()
+        become(layer, made[name])
+    for name, layer in by_weight.values():
+        topology, grad = topologies[name], grads[name]
         layer.weight.grad = None if grad is None else topology.scatter(grad)
         for tensor in states[name]:
             tensor.replace(topology.scatter)
@@ -201,6 +218,18 @@ def _check_bare(op: str, model: nn.Module) -> None:
             raise ValueError(
                 f"{op}: {called(name, module)} wraps a model whose layers are to change; do this "
                 "to the model itself, before it is wrapped"
+            )
+
+
+def _check_alone(name: str, layer: Sparse, layers: Iterable[Sparse]) -> None:
+    """``layer`` can become dense, and whoever shares its weight does so with it."""
+    op = f"densify of {name!r}" if name else "densify"
+    weight = layer._check_own_parameters(op)
+    for other in sharing(op, layer, weight):
+        if all(other is not each for each in layers):
+            raise ValueError(
+                f"densify: {called(name, layer)} shares its weight with {other} outside the model; "
+                "densify a module that contains both"
             )
 
 
@@ -270,6 +299,7 @@ def _row(
 # ---- the change itself
 
 
+@normal_tensors()
 def _become_sparse(
     model: nn.Module,
     made: Mapping[str, Sparse],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import ppkernels as pp
 
@@ -277,6 +279,116 @@ def test_folded_and_powered_afterwards(pruned: Make, faster: Any) -> None:
     assert type(model.flat) is pp.nn.PowerLinear
     assert type(model.head) is nn.Linear
     torch.testing.assert_close(model(images()), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode(pruned: Make, faster: Any, kind: str) -> None:
+    """What changes in it can be trained afterwards."""
+    model = pruned(kind)
+    if kind == "theta":
+        bits = torch.rand_like(model.flat.weight) < 0.9
+        model.flat.mask = pp.BitMask.pack(bits | ~model.flat.update_mask.unpack())
+    optimizer = pp.optim.PowerSGD(model, 0.05, momentum=0.9)
+    train(model, optimizer, 2)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"in torch\.inference_mode no backward can be mea"):
+            pp.sparsify(model, images(), optimizer=optimizer, measure=faster)
+        pp.sparsify(model, images(), training=False, optimizer=optimizer, measure=faster)
+        assert torch.is_inference_mode_enabled()
+    assert isinstance(model.flat, pp.nn.SparseLinear)
+    train(model, optimizer, 2)
+    none = torch.empty(0, dtype=torch.int64)
+    with torch.inference_mode():
+        dropped = torch.tensor([0, 1])
+        place = model.flat.topology.places()[:1]
+        model.flat.change_topology(dropped, place, optimizer=optimizer)
+        model.flat.change_topology(none, none, optimizer=optimizer)
+    train(model, optimizer, 2)
+    state, plan = copy.deepcopy(model.state_dict()), pp.sparsify(model, images(), measure=faster)
+    fresh = type(model)()
+    if kind in ("theta", "phi"):
+        pp.powerize(fresh, 1.5, kind)
+    with torch.inference_mode():
+        pp.sparsify(fresh, plan=plan)
+        fresh.load_state_dict(state)
+    assert not any(parameter.is_inference() for parameter in fresh.parameters())
+    train(fresh, pp.optim.PowerSGD(fresh, 0.05, momentum=0.9), 2)
+    with torch.inference_mode():
+        pp.densify(model, optimizer=optimizer)
+    train(model, optimizer, 2)
+
+
+REPLACED: dict[str, Callable[[nn.Module], object]] = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "normalised": nn.utils.parametrizations.weight_norm,
+    "pruned bias": lambda layer: prune.identity(layer, "bias"),
+    "parametrized bias": lambda layer: parametrize.register_parametrization(
+        layer, "bias", nn.Identity()
+    ),
+}
+
+
+@pytest.mark.parametrize("way", REPLACED)
+def test_parameters_that_torch_has_replaced(pruned: Make, faster: Any, way: str) -> None:
+    dense = pruned()
+    REPLACED[way](dense.head)
+    plan = pp.sparsify(dense, images(), measure=faster)
+    assert plan.sparse == SPARSE[:-1]
+    model = pruned()
+    pp.sparsify(model, images(), measure=faster)
+    REPLACED[way](model.head)
+    text, y = str(model), seeded(model, images())
+    of = "bias" if "bias" in way else "weight"
+    message = rf"densify of 'head': the {of} of .* is no longer a Parameter of its own"
+    with pytest.raises(RuntimeError, match=re.compile(message, re.DOTALL)):
+        pp.densify(model)
+    assert str(model) == text
+    assert torch.equal(seeded(model, images()), y)
+    with pytest.raises(RuntimeError, match=f"to_dense: the {of} of"):
+        model.head.to_dense()
+
+
+def tied(stores: str | None = None) -> nn.Sequential:
+    """Two sparse layers of one weight, with a gradient."""
+    options = {} if stores is None else {"alpha": 2.0, "stores": stores}
+    make = pp.nn.SparseLinear if stores is None else pp.nn.PowerSparseLinear
+    first = make(8, 8, kept=0.3, **options)
+    second = make(8, 8, kept=first.topology, **options)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second)
+
+
+@pytest.mark.parametrize("stores", [None, "theta", "phi"])
+def test_tied_layers_come_back(stores: str | None) -> None:
+    model, x = tied(stores), torch.randn(4, 8)
+    optimizer = pp.optim.PowerSGD(model, 0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    topology, weight = model[0].topology, model[0].weight
+    y, grad = model(x), weight.grad.clone()
+    momentum = optimizer.state[weight]["momentum_buffer"].clone()
+    pp.densify(model, optimizer=optimizer)
+    assert model[0].weight is model[2].weight is weight
+    assert torch.equal(weight.grad, topology.scatter(grad))
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], topology.scatter(momentum))
+    torch.testing.assert_close(model(x), y)
+    optimizer.step()
+
+
+def test_layers_that_share_a_weight_in_other_places() -> None:
+    model = tied()
+    mixed = nn.Sequential(model[0], pp.nn.SparseLinear(8, 8, kept=0.3))
+    mixed[1].weight = mixed[0].weight
+    y = mixed(torch.ones(2, 8))
+    with pytest.raises(ValueError, match="shares the weight and has another topology"):
+        pp.densify(mixed)
+    assert torch.equal(mixed(torch.ones(2, 8)), y)
+    model = tied()
+    with pytest.raises(ValueError, match=r"'0' .* shares its weight with .* outside the model"):
+        pp.densify(model[:1])
+    assert isinstance(model[0], pp.nn.SparseLinear)
 
 
 def test_copies_and_pickles_come_back_too(pruned: Make, faster: Any, tmp_path: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 import ppkernels as pp
 
+KINDS = ["plain", "zeros", "theta", "phi"]
 Make = Callable[..., nn.Module]
 IMAGES = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(5))
 
@@ -202,6 +203,37 @@ def test_replay_and_checkpoint(pruned: Make, faster: Any, tmp_path: Path, kind: 
         pp.sparsify(fresh, plan=loaded)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_made_of_sparse_layers(pruned: Make, faster: Any, kind: str) -> None:
+    model = pruned(kind)
+    classes = [type(each) for each in model.modules()]
+    first = pp.sparsify(model, IMAGES, select=["flat"], measure=faster)
+    second = pp.sparsify(model, IMAGES, measure=faster)
+    assert [row.kind for row in second.layers] == [row.kind for row in first.layers]
+    fresh = type(model)()
+    if kind in ("theta", "phi"):
+        pp.powerize(fresh, 1.5, kind)
+    pp.sparsify(fresh, plan=second)
+    fresh.load_state_dict(model.state_dict())
+    for each in (model, fresh):
+        pp.densify(each)
+    assert [type(each) for each in model.modules()] == classes
+    # Layers that stayed dense have no masks in a fresh model.
+    assert type(fresh.flat) is type(model.flat)
+    if kind != "zeros":
+        assert fresh.flat.update_mask == model.flat.update_mask
+
+
+def test_the_plan_of_layers_that_were_made_sparse() -> None:
+    made = nn.Sequential(pp.nn.SparseLinear(4, 4, kept=0.5), pp.nn.SparseConv2d(4, 4, 1, kept=0.5))
+    pp.powerize(made, 2.0, select=["1"])
+    plan = pp.sparsify(made, torch.ones(4, 4, 1, 4))
+    assert [row.kind for row in plan.layers] == ["MaskedLinear", "PowerConv2d"]
+    fresh = pp.powerize(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1)), 2.0, select=["1"])
+    pp.sparsify(fresh, plan=plan)
+    assert [type(each) for each in pp.densify(fresh)] == [pp.nn.MaskedLinear, pp.nn.PowerConv2d]
+
+
 def test_a_replay_keeps_the_largest(faster: Any) -> None:
     layer = pp.nn.MaskedLinear(4, 4)
     layer.set_theta(torch.eye(4))
@@ -284,6 +316,7 @@ def test_arguments(pruned: Make) -> None:
     for kwargs, kind, message in (
         ({}, TypeError, "give sample_input, or plan, and not both"),
         ({"sample_input": IMAGES, "plan": 3}, TypeError, "and not both"),
+        ({"sample_input": IMAGES, "training": 1}, TypeError, "training must be True or False, got"),
         ({"plan": 3}, TypeError, r"plan must be a pp\.SparsifyPlan"),
         ({"sample_input": [IMAGES]}, TypeError, "must be a tensor, a tuple of arguments or a dict"),
         ({"sample_input": IMAGES, "at_least": -1}, ValueError, "at_least must be a number >= 0"),
