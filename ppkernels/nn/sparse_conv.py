@@ -170,7 +170,7 @@ class SparseConv2d(Sparse):
         return _product(input, theta, self._topology, self.bias, self._geometry)
 
     @classmethod
-    def from_conv(cls, layer: nn.Module, kept: Topology | None = None) -> SparseConv2d:
+    def from_conv(cls, layer: nn.Module, kept: Kept | None = None) -> SparseConv2d:
         """The sparse layer of an nn.Conv2d, MaskedConv2d or PowerConv2d.
 
         As `SparseLinear.from_linear`; a powered layer gives a `PowerSparseConv2d`.
@@ -191,9 +191,10 @@ class SparseConv2d(Sparse):
             cast(Any, dense.padding),
             cast(Any, dense.dilation),
         )
+        topology = None
         if kept is not None:
-            topology_of("SparseConv2d.from_conv", kept, tuple(dense.weight.shape))
-        sparse._take(dense, kept)
+            topology = topology_of("SparseConv2d.from_conv", kept, tuple(dense.weight.shape))
+        sparse._take(dense, topology)
         return sparse
 
     def _dense_layer(self, **options: Any) -> nn.Module:

@@ -189,6 +189,28 @@ def test_kept_as_a_mask_or_a_topology() -> None:
 
 
 @pytest.mark.parametrize(
+    ("convert", "dense"),
+    [
+        (pp.nn.SparseLinear.from_linear, nn.Linear(6, 4)),
+        (pp.nn.SparseConv2d.from_conv, nn.Conv2d(6, 4, 3)),
+    ],
+    ids=["linear", "conv"],
+)
+def test_a_dense_layer_is_given_what_to_keep(convert: Callable, dense: nn.Module) -> None:
+    mask = pp.BitMask.pack(torch.rand_like(dense.weight) < 0.5)
+    topology = pp.Topology.of_mask(mask)
+    for kept in (mask, topology):
+        sparse = convert(dense, kept)
+        assert sparse.topology == topology
+        assert torch.equal(sparse.weight, topology.gather(dense.weight))
+    share = convert(dense, kept=0.5)
+    assert share.topology.count() == dense.weight.numel() // 2
+    assert torch.equal(share.weight, share.topology.gather(dense.weight))
+    with pytest.raises(TypeError, match=r"^Sparse.*from_.*: kept must be"):
+        convert(dense, "all")
+
+
+@pytest.mark.parametrize(
     ("kept", "error", "message"),
     [
         (0.0, ValueError, "kept must be a share above 0 and up to 1, got 0.0"),
