@@ -2,7 +2,7 @@
 #include <optional>
 #include <vector>
 
-#include "bindings/tensors.h"
+#include "bindings/sparse.h"
 #include "kernels/convolution.h"
 
 namespace ppkernels::bindings {
@@ -18,45 +18,36 @@ void check_pair(const char* op, const char* name, const Pair& pair, int64_t leas
   require(false, op, ": ", name, " must be two numbers >= ", least, ", got (", text.str(), ")");
 }
 
-// float32 or bfloat16, on the CPU.
-void check_operand(const char* op, const char* name, const Tensor& t, int64_t dims) {
-  const bool fits =
-      t.is_cpu() && t.dim() == dims &&
-      (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16);
-  if (fits) return;
-  require(false, op, ": ", name, " must be a float32 or bfloat16 CPU tensor of ", dims,
-          dims == 1 ? " dimension" : " dimensions", ", got ", described(t));
-}
+// Images, or values, as a block of memory.
+struct Operand {
+  Operand(const char* op, const char* name, const Tensor& t, int64_t dims)
+      : type(kernel_type(op, name, t)), tensor(torch::stable::contiguous(t)) {
+    require(t.dim() == dims, op, ": ", name, " must have ", dims, " dimensions, got ",
+            described(t));
+  }
+  TypedMemory memory() const { return {type, tensor.const_data_ptr()}; }
 
-void check_values(const char* op, const Tensor& values, int64_t count) {
-  require(values.numel() == count, op, ": values must have shape (", count,
-          "), one for each entry, got ", described(values));
-}
-
-TypedMemory memory_of(const char* op, const Tensor& t) {
-  return {type_of(op, t), t.const_data_ptr()};
-}
-
-MutableMemory mutable_memory_of(const char* op, const Tensor& t) {
-  return {type_of(op, t), t.mutable_data_ptr()};
-}
+  Type type;
+  Tensor tensor;
+};
 
 // Indices are trusted in what they say, and checked for what they are.
-SparseIndices indices_of(const char* op, const Tensor& offsets, const Tensor& columns) {
-  const bool is_wide = columns.scalar_type() == ScalarType::Int;
-  const bool fits = offsets.is_cpu() && offsets.scalar_type() == ScalarType::Int &&
-                    offsets.dim() == 1 && offsets.numel() > 0 && offsets.is_contiguous() &&
-                    columns.is_cpu() && columns.dim() == 1 && columns.is_contiguous() &&
-                    (is_wide || columns.scalar_type() == ScalarType::UInt16);
-  if (!fits) {
-    require(false, op, ": offsets must be a contiguous int32 CPU tensor, and the other indices ",
-            "contiguous int32 or uint16, each of one dimension, got ", described(offsets), " and ",
-            described(columns));
-  }
+SparseIndices indices_of(const char* op, const Tensor& offsets, const char* name,
+                         const Tensor& columns) {
+  check_index(op, "offsets", offsets, ScalarType::Int, ScalarType::Int);
+  check_index(op, name, columns, ScalarType::UInt16, ScalarType::Int);
+  require(offsets.numel() > 0, op, ": offsets must have an element for each row and one more");
   const int32_t* ends = offsets.const_data_ptr<int32_t>();
-  require(ends[offsets.numel() - 1] == columns.numel(), op, ": offsets end with ",
-          ends[offsets.numel() - 1], ", but there are ", columns.numel(), " entries");
-  return {ends, columns.const_data_ptr(), is_wide, columns.numel()};
+  const int64_t count = columns.numel(), last = ends[offsets.numel() - 1];
+  require(ends[0] == 0 && last == count, op,
+          ": offsets must begin with 0 and end with the number of entries, ", count, ", got ",
+          ends[0], " and ", last);
+  return {ends, columns.const_data_ptr(), columns.scalar_type() == ScalarType::Int, count};
+}
+
+void check_values(const char* op, const Operand& values, int64_t count) {
+  require(values.tensor.numel() == count, op, ": values must have shape (", count,
+          "), one for each entry, got ", described(values.tensor));
 }
 
 // The sizes of a convolution of `images` images of `input` by a weight [features, channels, ...].
@@ -110,26 +101,17 @@ Tensor sparse_conv2d(const Tensor& input, const Tensor& values, const Tensor& of
                      const Tensor& columns, std::optional<Tensor> bias, Pair kernel_size,
                      Pair stride, Pair padding, Pair dilation) {
   constexpr const char* kOp = "sparse_conv2d";
-  check_operand(kOp, "input", input, 4);
-  check_operand(kOp, "values", values, 1);
-  const SparseIndices indices = indices_of(kOp, offsets, columns);
-  check_values(kOp, values, indices.count);
+  const Operand x(kOp, "input", input, 4), v(kOp, "values", values, 1);
+  const SparseIndices indices = indices_of(kOp, offsets, "columns", columns);
+  check_values(kOp, v, indices.count);
   const Convolution sizes =
       sizes_of(kOp, input.size(0), input.size(1), offsets.numel() - 1,
                {input.size(2), input.size(3)}, kernel_size, stride, padding, dilation);
-  std::optional<Tensor> wide_bias;
-  if (bias.has_value()) {
-    require(bias->is_cpu() && bias->dim() == 1 && bias->numel() == sizes.features, kOp,
-            ": bias must be a CPU tensor of shape (", sizes.features, "), got ", described(*bias));
-    wide_bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
-  }
-  const Tensor x = torch::stable::contiguous(input), v = torch::stable::contiguous(values);
+  const Bias b(kOp, bias, sizes.features);
   Tensor out = torch::stable::new_empty(
       input, {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
-  check_done(kOp,
-             convolution(sparse_conv_kernels(isa()), sizes, memory_of(kOp, x), memory_of(kOp, v),
-                         indices, wide_bias ? wide_bias->const_data_ptr<float>() : nullptr,
-                         mutable_memory_of(kOp, out), threads));
+  check_done(kOp, convolution(sparse_conv_kernels(isa()), sizes, x.memory(), v.memory(), indices,
+                              b.start(), {x.type, out.mutable_data_ptr()}, threads));
   return out;
 }
 
@@ -138,14 +120,12 @@ Tensor sparse_conv2d_grad_input(const Tensor& grad_output, const Tensor& values,
                                 Pair input_size, Pair kernel_size, Pair stride, Pair padding,
                                 Pair dilation) {
   constexpr const char* kOp = "sparse_conv2d_grad_input";
-  check_operand(kOp, "grad_output", grad_output, 4);
-  check_operand(kOp, "values", values, 1);
-  const SparseIndices indices = indices_of(kOp, offsets, rows);
-  check_values(kOp, values, indices.count);
-  require(order.is_cpu() && order.scalar_type() == ScalarType::Int && order.dim() == 1 &&
-              order.is_contiguous() && order.numel() == indices.count,
-          kOp, ": order must be a contiguous int32 CPU tensor of ", indices.count, " numbers, got ",
-          described(order));
+  const Operand g(kOp, "grad_output", grad_output, 4), v(kOp, "values", values, 1);
+  const SparseIndices indices = indices_of(kOp, offsets, "rows", rows);
+  check_values(kOp, v, indices.count);
+  check_index(kOp, "order", order, ScalarType::Int, ScalarType::Int);
+  require(order.numel() == indices.count, kOp, ": order must have ", indices.count,
+          " elements, got ", described(order));
   Convolution sizes = sizes_of(kOp, grad_output.size(0), 0, grad_output.size(1), input_size,
                                kernel_size, stride, padding, dilation);
   require((offsets.numel() - 1) % sizes.taps() == 0, kOp, ": offsets must be of whole channels of ",
@@ -153,34 +133,30 @@ Tensor sparse_conv2d_grad_input(const Tensor& grad_output, const Tensor& values,
   sizes.channels = (offsets.numel() - 1) / sizes.taps();
   check_sizes(kOp, "grad_output", grad_output,
               {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
-  const Tensor g = torch::stable::contiguous(grad_output), v = torch::stable::contiguous(values);
   Tensor out = torch::stable::new_empty(
       grad_output, {sizes.images, sizes.channels, sizes.input[0], sizes.input[1]});
-  check_done(kOp,
-             convolution_grad_input(sparse_conv_kernels(isa()), sizes, memory_of(kOp, g),
-                                    memory_of(kOp, v), indices, order.const_data_ptr<int32_t>(),
-                                    mutable_memory_of(kOp, out), threads));
+  check_done(kOp, convolution_grad_input(sparse_conv_kernels(isa()), sizes, g.memory(), v.memory(),
+                                         indices, order.const_data_ptr<int32_t>(),
+                                         {g.type, out.mutable_data_ptr()}, threads));
   return out;
 }
 
+// `values` gives the dtype.
 Tensor sparse_conv2d_grad_values(const Tensor& grad_output, const Tensor& input,
                                  const Tensor& values, const Tensor& offsets, const Tensor& columns,
                                  Pair kernel_size, Pair stride, Pair padding, Pair dilation) {
   constexpr const char* kOp = "sparse_conv2d_grad_values";
-  check_operand(kOp, "grad_output", grad_output, 4);
-  check_operand(kOp, "input", input, 4);
-  check_operand(kOp, "values", values, 1);  // for its dtype alone
-  const SparseIndices indices = indices_of(kOp, offsets, columns);
+  const Operand g(kOp, "grad_output", grad_output, 4), x(kOp, "input", input, 4);
+  const Type type = kernel_type(kOp, "values", values);
+  const SparseIndices indices = indices_of(kOp, offsets, "columns", columns);
   const Convolution sizes =
       sizes_of(kOp, input.size(0), input.size(1), offsets.numel() - 1,
                {input.size(2), input.size(3)}, kernel_size, stride, padding, dilation);
   check_sizes(kOp, "grad_output", grad_output,
               {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
-  const Tensor g = torch::stable::contiguous(grad_output), x = torch::stable::contiguous(input);
   Tensor out = torch::stable::new_empty(values, {indices.count});
-  check_done(kOp, convolution_grad_values(sparse_conv_kernels(isa()), sizes, memory_of(kOp, g),
-                                          memory_of(kOp, x), indices, mutable_memory_of(kOp, out),
-                                          threads));
+  check_done(kOp, convolution_grad_values(sparse_conv_kernels(isa()), sizes, g.memory(), x.memory(),
+                                          indices, {type, out.mutable_data_ptr()}, threads));
   return out;
 }
 

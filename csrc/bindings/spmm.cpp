@@ -5,22 +5,13 @@
 #include <optional>
 #include <vector>
 
-#include "bindings/scratch.h"
-#include "bindings/tensors.h"
+#include "bindings/sparse.h"
+#include "kernels/scratch.h"
 
 namespace ppkernels::bindings {
 namespace {
 
 // ---- arguments
-
-Type kernel_type(const char* op, const char* name, const Tensor& t) {
-  require(t.is_cpu(), op, ": ", name, " must be on the CPU");
-  const ScalarType type = t.scalar_type();
-  if (type == ScalarType::Float) return Type::kFloat32;
-  require(type == ScalarType::BFloat16, op, ": ", name, " must be float32 or bfloat16, got ",
-          described(t));
-  return Type::kBFloat16;
-}
 
 // An argument [..., features] as the matrix [batch, features].
 struct Batch {
@@ -76,36 +67,9 @@ struct Weight {
     entries.order = static_cast<const int32_t*>(t.const_data_ptr());
   }
 
-  static void check_index(const char* op, const char* name, const Tensor& t, ScalarType narrow,
-                          ScalarType wide) {
-    const ScalarType type = t.scalar_type();
-    require(t.is_cpu() && t.dim() == 1 && t.is_contiguous() && (type == narrow || type == wide), op,
-            ": ", name, " must be a contiguous CPU tensor of one dimension, ",
-            narrow == wide ? "int32" : "uint16 or int32", ", got ", described(t));
-  }
-
   SpmmEntries entries = {};
   int64_t rows = 0, count = 0;
   std::optional<Tensor> values;
-};
-
-// The bias in float32, or null.
-class Bias {
- public:
-  Bias(const char* op, const std::optional<Tensor>& bias, int64_t rows) {
-    if (!bias.has_value()) return;
-    require(bias->is_cpu() && bias->dim() == 1 && bias->numel() == rows, op,
-            ": bias must be a CPU tensor of shape (", rows, "), got ", described(*bias));
-    tensor_ = bias->scalar_type() == ScalarType::Float
-                  ? torch::stable::contiguous(*bias)
-                  : torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
-    start_ = static_cast<const float*>(tensor_->const_data_ptr());
-  }
-  const float* start() const { return start_; }
-
- private:
-  std::optional<Tensor> tensor_;
-  const float* start_ = nullptr;
 };
 
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes) {
@@ -129,22 +93,27 @@ Tensor empty_of(const Tensor& like, int64_t features) {
 
 // ---- how the work is cut
 
-// Less than this many multiply-adds are not worth a second thread.
-constexpr int64_t kWorkPerThread = int64_t(1) << 18;
+// A thread more for this many products of an entry and a vector, some 25 µs of work: one that
+// sleeps takes longer than that to wake up. Measured: ops/spmm/README.md.
+constexpr int64_t kWorkPerThread = int64_t(1) << 16;
+// A panel larger than this leaves L2, and narrower ones are faster.
+constexpr int64_t kPanelBytes = int64_t(3) << 19;
 // A row of the weight costs as much as this many of its entries, before it has any.
 constexpr int64_t kRowCost = 8;
 // Parts begin at such rows, so that two threads share no line of the output.
 constexpr int64_t kRowBlock = 16;
 
-int64_t threads_for(int64_t work) {
+int64_t threads_for(const Weight& w, int64_t vectors) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
-  return std::clamp(work / kWorkPerThread, int64_t(1), threads);
+  return std::clamp((w.count + w.rows * kRowCost) * vectors / kWorkPerThread, int64_t(1), threads);
 }
 
 // Values through an order are put in order first where enough panels read them: from two panels on
 // where the values leave L2, else from this many on. Measured: ops/spmm/README.md.
 constexpr int64_t kCachedValues = int64_t(2) << 20;
 constexpr int64_t kPanelsPerGather = 8;
+// From this many panels a thread on, panels are not cut: a thread without one waits for an eighth.
+constexpr int64_t kPanelsAlone = 8;
 
 // The first row of part `part` of `parts`, which have about as many entries each.
 int64_t row_of_part(const Weight& w, int64_t part, int64_t parts) {
@@ -168,73 +137,91 @@ void for_each_unit(int64_t units, const Body& body) {
   torch::stable::parallel_for(0, units, 1, body);
 }
 
-// Panels over a batch.
+// A batch in panels.
 struct Panels {
-  int64_t batch, width, count;
-  Panels(int64_t batch_, int64_t width_)
-      : batch(batch_), width(width_), count((batch_ + width_ - 1) / width_) {}
+  Panels(const Batch& x, int64_t lanes_)
+      : batch(x.count), lanes(lanes_), width(std::min(widest(x, lanes_), padded(x.count))) {}
+
+  int64_t count() const { return (batch + width - 1) / width; }
+  int64_t vectors() const { return padded(batch) / lanes; }
   int64_t first(int64_t p) const { return p * width; }
   int64_t numbers(int64_t p) const { return std::min(width, batch - p * width); }
+  int64_t padded(int64_t numbers) const { return (numbers + lanes - 1) / lanes * lanes; }
+
+  static int64_t widest(const Batch& x, int64_t lanes) {
+    int64_t vectors = 4;
+    while (vectors > 1 && x.features * vectors * lanes * int64_t(sizeof(float)) > kPanelBytes)
+      vectors /= 2;
+    return vectors * lanes;
+  }
+
+  int64_t batch, lanes, width;
 };
 
 thread_local Scratch panel_scratch, call_scratch;
 
-int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// A batch of one in float32: its own memory, or a copy.
+const float* single_row(const SpmmKernels& kernels, const Batch& x) {
+  if (x.matrix.type == Type::kFloat32 && x.matrix.column_stride == 1)
+    return static_cast<const float*>(x.matrix.data);
+  float* copy = panel_scratch.floats(x.features);
+  kernels.widen(x.matrix, x.features, copy);
+  return copy;
+}
 
-// out [batch, rows] = x·θᵀ + bias.
+// The entries with their values in order, where enough panels read them.
+SpmmEntries ordered(const SpmmKernels& kernels, const Weight& w, int64_t panels) {
+  const bool are_cached = w.count * int64_t(sizeof(float)) <= kCachedValues;
+  if (w.entries.order == nullptr || panels < (are_cached ? kPanelsPerGather : 2)) return w.entries;
+  float* values = call_scratch.floats(w.count);
+  for_each_part(w.count,
+                [&](int64_t begin, int64_t end) { kernels.gather(w.entries, values, begin, end); });
+  SpmmEntries entries = w.entries;
+  entries.type = Type::kFloat32;
+  entries.values = values;
+  entries.order = nullptr;
+  return entries;
+}
+
+void multiply_one(const SpmmKernels& kernels, const Batch& x, const Weight& w, const float* bias,
+                  const SpmmOutput& out) {
+  const float* row = single_row(kernels, x);
+  const int64_t parts = threads_for(w, 1);
+  for_each_unit(parts, [&](int64_t begin, int64_t end) {
+    kernels.multiply_one(w.entries, row, bias, out, row_of_part(w, begin, parts),
+                         row_of_part(w, end, parts));
+  });
+}
+
+// out [batch, rows] = x·θᵀ + bias. A unit of work is a panel times a part of the rows; a thread
+// packs the panels of its units for itself, which costs less than to fetch them from another core.
 void multiply(const Batch& x, const Weight& w, const float* bias, const Tensor& out) {
   const SpmmKernels& kernels = spmm_kernels(isa());
   const SpmmOutput to = {x.matrix.type, out.mutable_data_ptr(), w.rows, x.count};
   if (x.count == 0 || w.rows == 0) return;
-  if (x.count == 1) {
-    const int64_t parts = threads_for(w.count * 16);
-    const float* row = static_cast<const float*>(x.matrix.data);
-    if (x.matrix.type != Type::kFloat32 || x.matrix.column_stride != 1) {
-      float* copy = call_scratch.floats(x.features);
-      kernels.widen(x.matrix, x.features, copy);
-      row = copy;
-    }
-    return for_each_unit(parts, [&](int64_t begin, int64_t end) {
-      kernels.multiply_one(w.entries, row, bias, to, row_of_part(w, begin, parts),
-                           row_of_part(w, end, parts));
-    });
-  }
-  const int64_t threads = threads_for(w.count * x.count);
-  int64_t width = std::min(4 * kernels.lanes, rounded_up(x.count, kernels.lanes));
-  static const char* force = std::getenv("PPW");
-  if (force) width = std::min<int64_t>(width, std::atoi(force));
-  const Panels panels(x.count, width);
-  const int64_t parts = panels.count % threads == 0 || panels.count >= 8 * threads ? 1 : threads;
-  const bool gathers = w.entries.order != nullptr &&
-                       panels.count >= (w.count * 4 > kCachedValues ? 2 : kPanelsPerGather);
-  SpmmEntries entries = w.entries;
-  if (gathers) {
-    float* values = call_scratch.floats(w.count);
-    for_each_part(w.count, [&](int64_t begin, int64_t end) {
-      kernels.gather(w.entries, values, begin, end);
-    });
-    entries.type = Type::kFloat32;
-    entries.values = values;
-    entries.order = nullptr;
-  }
-  const int64_t element_bytes = x.matrix.type == Type::kFloat32 ? 4 : 2;
-  for_each_unit(panels.count * parts, [&](int64_t begin, int64_t end) {
-    float* panel = panel_scratch.floats(x.features * width);
+  if (x.count == 1) return multiply_one(kernels, x, w, bias, to);
+  const Panels panels(x, kernels.lanes);
+  const int64_t threads = threads_for(w, panels.vectors()), count = panels.count();
+  const int64_t parts = count % threads == 0 || count >= kPanelsAlone * threads ? 1 : threads;
+  const SpmmEntries entries = ordered(kernels, w, count);
+  const int64_t row_bytes = w.rows * int64_t(out.element_size());
+  for_each_unit(count * parts, [&](int64_t begin, int64_t end) {
+    float* panel = panel_scratch.floats(x.features * panels.width);
     int64_t packed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t p = unit / parts, part = unit % parts;
-      const int64_t numbers = panels.numbers(p), last = rounded_up(numbers, kernels.lanes);
-      if (p != packed) {
-        kernels.pack(x.matrix, panels.first(p), numbers, 0, x.features, last, panel);
-        packed = p;
-      }
+      const int64_t p = unit / parts, part = unit % parts, first = panels.first(p);
       SpmmOutput here = to;
-      here.data = static_cast<char*>(to.data) + panels.first(p) * to.stride * element_bytes;
-      here.count = numbers;
-      kernels.multiply(entries, panel, last, bias, here, row_of_part(w, part, parts),
+      here.data = static_cast<char*>(to.data) + first * row_bytes;
+      here.count = panels.numbers(p);
+      const int64_t width = panels.padded(here.count);
+      if (p != packed) kernels.pack(x.matrix, first, here.count, 0, x.features, width, panel);
+      packed = p;
+      kernels.multiply(entries, panel, width, bias, here, row_of_part(w, part, parts),
                        row_of_part(w, part + 1, parts));
     }
+    panel_scratch.trim();
   });
+  call_scratch.trim();
 }
 
 Tensor spmm(const Tensor& input, const Tensor& values, const Tensor& offsets, const Tensor& columns,
@@ -269,31 +256,27 @@ void sample(const Batch& x, const Batch& g, const Weight& w, float* sums) {
     return;
   }
   if (x.count == 1) {
-    const int64_t parts = threads_for(w.count * 16);
-    const float* row = static_cast<const float*>(x.matrix.data);
-    if (x.matrix.type != Type::kFloat32 || x.matrix.column_stride != 1) {
-      float* copy = panel_scratch.floats(x.features);
-      kernels.widen(x.matrix, x.features, copy);
-      row = copy;
-    }
+    const float* row = single_row(kernels, x);
+    const int64_t parts = threads_for(w, 1);
     return for_each_unit(parts, [&](int64_t begin, int64_t end) {
       kernels.sample_one(w.entries, row, g.matrix, sums, row_of_part(w, begin, parts),
                          row_of_part(w, end, parts));
     });
   }
-  const int64_t parts = threads_for(w.count * x.count);
-  const Panels panels(x.count, std::min(4 * kernels.lanes, rounded_up(x.count, kernels.lanes)));
+  const Panels panels(x, kernels.lanes);
+  const int64_t parts = threads_for(w, panels.vectors());
   for_each_unit(parts, [&](int64_t begin, int64_t end) {
     const int64_t first_row = row_of_part(w, begin, parts), last_row = row_of_part(w, end, parts);
     if (first_row >= last_row) return;
     float* panel = panel_scratch.floats(x.features * panels.width);
-    for (int64_t p = 0; p < panels.count; ++p) {
+    for (int64_t p = 0; p < panels.count(); ++p) {
       const int64_t first = panels.first(p), numbers = panels.numbers(p);
-      const int64_t width = rounded_up(numbers, kernels.lanes);
+      const int64_t width = panels.padded(numbers);
       kernels.pack(x.matrix, first, numbers, 0, x.features, width, panel);
       kernels.sample(w.entries, panel, width, g.matrix, first, numbers, sums, p > 0, first_row,
                      last_row);
     }
+    panel_scratch.trim();
   });
 }
 
@@ -317,6 +300,7 @@ Tensor spmm_grad_values(const Tensor& grad_output, const Tensor& input, const Te
   for_each_part(w.count, [&](int64_t begin, int64_t end) {
     narrow(sums + begin, to + 2 * begin, end - begin);
   });
+  call_scratch.trim();
   return out;
 }
 

@@ -3,12 +3,11 @@
 #include "kernels/convolution.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "kernels/conv_layout.h"
 #include "kernels/elements.h"
+#include "kernels/scratch.h"
 
 // Note [Tiles]
 //
@@ -42,28 +41,15 @@ constexpr int64_t kSlotBytes = int64_t(64) << 20;
 
 // ---- memory
 
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t floats)
-      : data_((float*)std::aligned_alloc(64, size_t(divided_up(floats + 1, 16) * 64))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  float* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
+// What a thread needs for its tiles.
+thread_local Scratch plane_scratch, stage_scratch;
 
 // ---- entries
 
 // Entries by segments, as sparse_conv.h has them, and what they are made of.
 struct Program {
   std::vector<int32_t> segments, addresses;
-  Buffer owned;
+  std::vector<float> owned;
   const float* values = nullptr;
   int64_t blocks = 1, channels_of_block = 0;
 
@@ -144,8 +130,8 @@ class GradInputProgram {
         taps_(int64_t(y.taps.size() * x.taps.size())) {}
 
   void write(Program& p, int64_t channels, const ParallelFor& parallel_for) const {
-    p.owned = Buffer(indices_.count);
-    p.values = p.owned.get();
+    p.owned.resize(size_t(indices_.count));
+    p.values = p.owned.data();
     with_columns(indices_, [&](const auto* columns) {
       parallel_for(channels, grain_of(channels, indices_.count), [&](int64_t begin, int64_t end) {
         std::vector<int32_t> next(static_cast<size_t>(taps_));
@@ -171,7 +157,7 @@ class GradInputProgram {
           int32_t e = next[size_t(t)];
           for (; e < ends[t + 1] && int64_t(columns[e]) < limit; ++e, ++written) {
             p.addresses[size_t(written)] = table_[size_t(columns[e])];
-            p.owned.get()[written] = values_[order_[e]];
+            p.owned[size_t(written)] = values_[order_[e]];
           }
           next[size_t(t)] = e;
         }
@@ -198,11 +184,11 @@ class GradInputProgram {
 
 // Values as float32: themselves, or a copy in `room`.
 const float* widened(const SparseConvKernels& kernels, TypedMemory values, int64_t count,
-                     Buffer& room) {
+                     std::vector<float>& room) {
   if (values.type == Type::kFloat32) return (const float*)values.data;
-  room = Buffer(count);
-  kernels.widen(values.type, values.data, room.get(), count);
-  return room.get();
+  room.resize(size_t(count));
+  kernels.widen(values.type, values.data, room.data(), count);
+  return room.data();
 }
 
 // ---- tasks
@@ -238,6 +224,8 @@ void for_each_task(int64_t outers, const std::vector<int64_t>& bounds,
       if (from < to) thread(outer, from, to);
       task = last;
     }
+    plane_scratch.trim();
+    stage_scratch.trim();
   });
 }
 
@@ -255,8 +243,8 @@ void correlate(const SparseConvKernels& kernels, const ConvLayout& layout, const
   const auto bounds = cut(program, channels, rows, parts_of(layout.tiles(), channels));
   const int64_t staged = program.blocks == 1 ? rows : rows * channels;
   for_each_task(layout.tiles(), bounds, parallel_for, [&] {
-    auto planes = std::make_shared<Buffer>(layout.floats());
-    auto stage = std::make_shared<Buffer>(staged * layout.pass() + kernels.lanes);
+    float* const planes = plane_scratch.floats(layout.floats());
+    float* const stage = stage_scratch.floats(staged * layout.pass() + kernels.lanes);
     return [&, planes, stage](int64_t index, int64_t begin, int64_t end) {
       const ConvTile tile = layout.tile(index);
       const int64_t image = channels * size[0] * size[1];
@@ -274,8 +262,8 @@ void correlate(const SparseConvKernels& kernels, const ConvLayout& layout, const
                              tile.rows,
                              layout.planes().pitch,
                              layout.planes().image};
-      kernels.correlate(program.entries(), layout.planes_of(kernels, source, tile, planes->get()),
-                        layout.line(), pixels, bias, begin, end, stage->get());
+      kernels.correlate(program.entries(), layout.planes_of(kernels, source, tile, planes),
+                        layout.line(), pixels, bias, begin, end, stage);
     };
   });
 }
@@ -307,7 +295,7 @@ bool convolution_grad_input(const SparseConvKernels& kernels, const Convolution&
                           kernels.accumulate_vectors);
   if (!layout.fits()) return false;
   Program program(layout, sizes.channels * y.targets * x.targets, indices.count);
-  Buffer room;
+  std::vector<float> room;
   GradInputProgram(layout, y, x, indices, order, widened(kernels, values, indices.count, room))
       .write(program, sizes.channels, parallel_for);
   correlate(kernels, layout, program, y, x, grad_output, nullptr, sizes.channels, sizes.input,
@@ -337,30 +325,29 @@ bool convolution_grad_values(const SparseConvKernels& kernels, const Convolution
   const int64_t tiles = layout.tiles();
   const int64_t slots = std::clamp<int64_t>(kSlotBytes / (4 * count), 1,
                                             std::max<int64_t>(std::min(kSlots, tiles), 1));
-  const Buffer sums(slots * count);
-  std::fill_n(sums.get(), slots * count, 0.0f);
+  std::vector<float> sums(size_t(slots * count));
   const auto bounds = cut(program, sizes.features, 1, parts_of(slots, sizes.features));
   for_each_task(slots, bounds, parallel_for, [&] {
-    auto planes = std::make_shared<Buffer>(layout.floats());
-    auto gradients = std::make_shared<Buffer>(sizes.features * lines.plane);
+    float* const planes = plane_scratch.floats(layout.floats());
+    float* const gradients = stage_scratch.floats(sizes.features * lines.plane);
     return [&, planes, gradients](int64_t slot, int64_t begin, int64_t end) {
       for (int64_t t = slot * tiles / slots; t < (slot + 1) * tiles / slots; ++t) {
         const ConvTile tile = layout.tile(t);
-        const float* from = layout.planes_of(kernels, input, tile, planes->get());
+        const float* from = layout.planes_of(kernels, input, tile, planes);
         Planes here = lines;
         here.channels = end - begin;
         const int64_t first = tile.image * lines.source_image + begin * pixels;
         kernels.pack(here, grad_output.type,
                      (const char*)grad_output.data + first * element_bytes(grad_output.type),
-                     tile.images, tile.y, tile.rows, gradients->get());
-        kernels.sample(program.entries(), from, layout.line(), gradients->get(), lines.plane, begin,
-                       end, sums.get() + slot * count);
+                     tile.images, tile.y, tile.rows, gradients);
+        kernels.sample(program.entries(), from, layout.line(), gradients, lines.plane, begin, end,
+                       sums.data() + slot * count);
       }
     };
   });
   const int64_t bytes = element_bytes(grad_values.type);
   parallel_for(count, 1 << 15, [&](int64_t begin, int64_t end) {
-    kernels.total(grad_values.type, sums.get() + begin, slots, count,
+    kernels.total(grad_values.type, sums.data() + begin, slots, count,
                   (char*)grad_values.data + begin * bytes, end - begin);
   });
   return true;

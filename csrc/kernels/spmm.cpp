@@ -1,7 +1,10 @@
 // Compiled once per instruction set (CMakeLists.txt), each in its own namespace.
+// Longer than 350 lines: the three products share how a batch is packed and how types are told
+// apart.
 #include "kernels/spmm.h"
 
 #include "kernels/panel.h"
+#include "simd/part.h"
 #include "simd/transpose.h"
 #include "simd/vec.h"
 
@@ -75,8 +78,8 @@ void pack_entry(const SpmmMatrix& x, int64_t first, int64_t count, int64_t begin
 
 // ---- the forward and grad_input
 
-// Rows of the weight whose sums are kept, in L1, until they are transposed into the output: an
-// output row then gets four lines at once. One at a time cost 57 µs for 64 × 2048 outputs, TODO.
+// Rows of the weight that are transposed together, through L1: a row of the batch is then read or
+// written four lines at a time. Measured: ops/spmm/README.md.
 constexpr int64_t kTileRows = 64;
 
 // tile[r·width + b] becomes out[b, n + r], r < rows.
@@ -142,19 +145,31 @@ inline void with_types(const SpmmEntries& w, const Body& body) {
   w.wide ? with_columns((const int32_t*)w.columns) : with_columns((const uint16_t*)w.columns);
 }
 
+// Calls `body` with the vectors that a panel is wide, as a constant.
+template <int V>
+struct Vectors {
+  static constexpr int count = V;
+};
+template <class Body>
+inline void with_vectors(int64_t width, const Body& body) {
+  switch (width / kLanes) {
+    case 1:
+      return body(Vectors<1>{});
+    case 2:
+      return body(Vectors<2>{});
+    case 3:
+      return body(Vectors<3>{});
+    default:
+      return body(Vectors<4>{});
+  }
+}
+
 void multiply_entry(const SpmmEntries& w, const float* panel, int64_t width, const float* bias,
                     const SpmmOutput& out, int64_t begin, int64_t end) {
   with_types(w, [&](auto* columns, auto value) {
-    switch (width / kLanes) {
-      case 1:
-        return multiply_rows<1>(w.offsets, columns, value, panel, bias, out, begin, end);
-      case 2:
-        return multiply_rows<2>(w.offsets, columns, value, panel, bias, out, begin, end);
-      case 3:
-        return multiply_rows<3>(w.offsets, columns, value, panel, bias, out, begin, end);
-      default:
-        return multiply_rows<4>(w.offsets, columns, value, panel, bias, out, begin, end);
-    }
+    with_vectors(width, [&](auto vectors) {
+      multiply_rows<vectors.count>(w.offsets, columns, value, panel, bias, out, begin, end);
+    });
   });
 }
 
@@ -185,26 +200,15 @@ void sample_rows(const SpmmEntries& w, const Index* columns, const float* panel,
   }
 }
 
-template <class Index>
-void sample_as(const SpmmEntries& w, const float* panel, int64_t width, const SpmmMatrix& g,
-               int64_t first, int64_t count, float* sums, bool add, int64_t begin, int64_t end) {
-  const auto* columns = (const Index*)w.columns;
-  switch (width / kLanes) {
-    case 1:
-      return sample_rows<1>(w, columns, panel, g, first, count, sums, add, begin, end);
-    case 2:
-      return sample_rows<2>(w, columns, panel, g, first, count, sums, add, begin, end);
-    case 3:
-      return sample_rows<3>(w, columns, panel, g, first, count, sums, add, begin, end);
-    default:
-      return sample_rows<4>(w, columns, panel, g, first, count, sums, add, begin, end);
-  }
-}
-
 void sample_entry(const SpmmEntries& w, const float* panel, int64_t width, const SpmmMatrix& g,
                   int64_t first, int64_t count, float* sums, bool add, int64_t begin, int64_t end) {
-  w.wide ? sample_as<int32_t>(w, panel, width, g, first, count, sums, add, begin, end)
-         : sample_as<uint16_t>(w, panel, width, g, first, count, sums, add, begin, end);
+  with_vectors(width, [&](auto vectors) {
+    constexpr int V = vectors.count;
+    w.wide ? sample_rows<V>(w, (const int32_t*)w.columns, panel, g, first, count, sums, add, begin,
+                            end)
+           : sample_rows<V>(w, (const uint16_t*)w.columns, panel, g, first, count, sums, add, begin,
+                            end);
+  });
 }
 
 // ---- a batch of one

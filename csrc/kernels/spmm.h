@@ -1,14 +1,15 @@
 // The products of a sparse weight [N, K] with a batch, over raw memory.
 //
 // The weight is `entries` of N rows; of its transpose, for grad_input, the rows are columns. A
-// batch is cut into panels of at most `widest` of its numbers, and of a panel's operand [K, width]
-// a thread packs what it needs into memory of its own, column by column, before it multiplies: the
-// loops then read whole vectors, wherever the entries stand (kernels/panel.h).
+// batch is cut into panels of up to four vectors of its numbers, and a thread packs a panel's
+// operand [K, width] into memory of its own, column by column, before it multiplies: the loops then
+// read whole vectors, wherever the entries stand (kernels/panel.h).
 //
 // Each function does its work in one thread and reads and writes no byte outside of what it says.
-// Columns are trusted: they must be below K. Sums are float32, products are added to them by fma,
-// and a row's sum depends on its entries and on the width of the panel alone, not on the rows that
-// are asked for.
+// Columns are trusted: they must be below K. Sums are float32, products are added to them by fma in
+// an order that hangs on the row's entries alone: a number of `multiply` has the same bits beside
+// any others, in a panel of any width, on every instruction set (but for the baseline's fma:
+// csrc/README). Those of `sample` hang on the lanes of the instruction set.
 #pragma once
 
 #include <stdint.h>

@@ -10,6 +10,7 @@ namespace ppkernels::PPKERNELS_ISA {
 
 // The first `count` elements at p, 0 <= count <= kLanes, and zeros behind them; no other is read.
 inline f32v load_first(const float* p, int64_t count) {
+  if (count == kLanes) return load(p);
 #if defined(__AVX512F__)
   return (f32v)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
 #elif defined(__AVX2__)
@@ -23,6 +24,7 @@ inline f32v load_first(const float* p, int64_t count) {
 }
 
 inline f32v load_first(const bf16* p, int64_t count) {
+  if (count == kLanes) return load(p);
 #if defined(__AVX512F__)
   const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
   return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
@@ -35,6 +37,7 @@ inline f32v load_first(const bf16* p, int64_t count) {
 
 // The first `count` lanes, 0 <= count <= kLanes; nothing else is written.
 inline void store_first(float* p, f32v x, int64_t count) {
+  if (count == kLanes) return store<false>(p, x);
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x);
 #elif defined(__AVX2__)
@@ -46,6 +49,7 @@ inline void store_first(float* p, f32v x, int64_t count) {
 }
 
 inline void store_first(bf16* p, f32v x, int64_t count) {
+  if (count == kLanes) return store<false>(p, x);
   bf16 buffer[kLanes];
   store<false>(buffer, x);
 #if defined(__AVX512F__)

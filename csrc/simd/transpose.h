@@ -67,23 +67,4 @@ PPKERNELS_INLINE void transpose(f32v (&x)[kLanes]) {
 #endif
 }
 
-// ---- vectors of which only the first lanes are in memory
-
-// p[0] ... p[count − 1] and zeros, 0 <= count <= kLanes.
-template <class T>
-PPKERNELS_INLINE f32v load_first(const T* p, int64_t count) {
-  if (count == kLanes) return load(p);
-  T buffer[kLanes] = {};
-  for (int64_t k = 0; k < count; ++k) buffer[k] = p[k];
-  return load(buffer);
-}
-
-template <class T>
-PPKERNELS_INLINE void store_first(T* p, f32v x, int64_t count) {
-  if (count == kLanes) return store<false>(p, x);
-  T buffer[kLanes];
-  store<false>(buffer, x);
-  for (int64_t k = 0; k < count; ++k) p[k] = buffer[k];
-}
-
 }  // namespace ppkernels::PPKERNELS_ISA

@@ -1,4 +1,5 @@
 // Vectors of the instruction set that this translation unit is compiled for.
+// Longer than 350 lines: what one instruction set lacks against another stands in one place.
 //
 // Arithmetic, comparisons, shifts and `mask ? a : b` are the compiler's own on vector types (GCC,
 // Clang); this file adds what they lack. It is compiled once per instruction set, everything in a

@@ -191,8 +191,9 @@ class Sparse(Masked):
 
         Raises:
             TypeError, ValueError: what `pp.Topology.changed` raises; values of another kind or
-                shape; a value 0 for a powered layer with α > 1, where it would stay 0; optimizers
-                of which none has the weight; a layer with another topology that shares it.
+                shape, or NaN or infinite; a value 0, also one that the weight's dtype rounds to 0,
+                for a powered layer with α > 1, where it would stay 0; optimizers of which none has
+                the weight; a layer with another topology that shares it.
             RuntimeError: a weight that torch.nn.utils has parametrized or pruned; a state that has
                 not a number for each entry (LBFGS, Adafactor).
 

@@ -113,23 +113,28 @@ def _states(op: str, weight: nn.Parameter, optimizer: Optimizers) -> list[StateT
 
 def _stored(op: str, layer: Sparse, grow: Tensor, values: Tensor | None) -> Tensor:
     """What the weight is to hold at the grown entries, by place; float32 at least."""
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    dtype = layer.weight.dtype
     if values is None:
-        values = drawn(layer.weight.new_empty(grow.shape, dtype=wide), layer.topology)
+        # In the weight's own dtype, in which none is 0 then.
+        values = drawn(layer.weight.new_empty(grow.shape), layer.topology)
     check_floating(op, "values", values)
     if values.shape != grow.shape:
         raise ValueError(
             f"{op}: values must have a value for each place of grow, {tuple(grow.shape)}, got "
             f"{tuple(values.shape)}"
         )
-    values = values.detach().to(grow.device, wide)
+    values = values.detach().to(grow.device, torch.promote_types(dtype, torch.float32))
+    stored = layer._stored(values[grow.argsort()])
+    held = stored.to(dtype)
+    if not bool(held.isfinite().all()):
+        raise ValueError(f"{op}: values must be finite numbers of {dtype}, got NaN or infinity")
     is_dead = _powered.is_powered(layer) and float(layer.alpha) > 1
-    if is_dead and bool((values == 0).any()):
+    if is_dead and bool((held == 0).any()):
         raise ValueError(
-            f"{op}: values must not be 0 for a powered layer with alpha > 1, where such an entry "
-            "gets no gradient and stays 0"
+            f"{op}: values must not be 0, nor become 0 in {dtype}, for a powered layer with alpha "
+            "> 1, where such an entry gets no gradient and stays 0"
         )
-    return layer._stored(values[grow.argsort()])
+    return stored
 
 
 def _moved_masks(layer: Sparse, moved: _Moved) -> dict[str, BitMask]:

@@ -170,7 +170,7 @@ class SparseConv2d(Sparse):
         return _product(input, theta, self._topology, self.bias, self._geometry)
 
     @classmethod
-    def from_conv(cls, layer: nn.Module, kept: Topology | None = None) -> SparseConv2d:
+    def from_conv(cls, layer: nn.Module, kept: Kept | None = None) -> SparseConv2d:
         """The sparse layer of an nn.Conv2d, MaskedConv2d or PowerConv2d.
 
         As `SparseLinear.from_linear`; a powered layer gives a `PowerSparseConv2d`.
@@ -191,9 +191,10 @@ class SparseConv2d(Sparse):
             cast(Any, dense.padding),
             cast(Any, dense.dilation),
         )
+        topology = None
         if kept is not None:
-            topology_of("SparseConv2d.from_conv", kept, tuple(dense.weight.shape))
-        sparse._take(dense, kept)
+            topology = topology_of("SparseConv2d.from_conv", kept, tuple(dense.weight.shape))
+        sparse._take(dense, topology)
         return sparse
 
     def _dense_layer(self, **options: Any) -> nn.Module:
@@ -270,10 +271,8 @@ def conv_obstacle(layer: nn.Module) -> str | None:
     if conv.padding_mode != "zeros":
         return f"its padding_mode is {conv.padding_mode!r}, not 'zeros'"
     if isinstance(conv.padding, str):
-        try:
-            padding_around("it", conv.padding, conv.kernel_size, conv.stride, conv.dilation)
-        except ValueError as error:
-            return str(error)
+        sizes = Geometry.of("SparseConv2d", conv.kernel_size, conv.stride, 0, conv.dilation)
+        return padding_obstacle(conv.padding, sizes)
     return None
 
 
@@ -284,17 +283,29 @@ def padding_around(
     if padding == "valid":
         return 0, 0
     geometry = Geometry.of(op, kernel_size, stride, 0, dilation)
+    if reason := padding_obstacle(padding, geometry):
+        raise ValueError(f"{op}: {reason}")
+    height, width = _spans(geometry)
+    return height // 2, width // 2
+
+
+def padding_obstacle(padding: str, geometry: Geometry) -> str | None:
+    """Why the sparse convolution does not have ``padding`` for these sizes; None if it does."""
+    if padding == "valid":
+        return None
     if padding != "same":
-        raise ValueError(f"{op}: padding must be 'same', 'valid' or numbers, got {padding!r}")
+        return f"padding must be 'same', 'valid' or numbers, got {padding!r}"
     if geometry.stride != (1, 1):
-        raise ValueError(f"{op}: padding='same' needs stride 1, got {geometry.stride}")
-    spans = [
-        step * (extent - 1)
-        for extent, step in zip(geometry.kernel_size, geometry.dilation, strict=True)
-    ]
-    if any(span % 2 for span in spans):
-        raise ValueError(
-            f"{op}: padding='same' would take more on one side than on the other for kernel_size "
+        return f"padding='same' needs stride 1, got {geometry.stride}"
+    if any(span % 2 for span in _spans(geometry)):
+        return (
+            "padding='same' would take more on one side than on the other for kernel_size "
             f"{geometry.kernel_size} and dilation {geometry.dilation}"
         )
-    return spans[0] // 2, spans[1] // 2
+    return None
+
+
+def _spans(geometry: Geometry) -> tuple[int, int]:
+    """By how many pixels the output is smaller than the image, down and across."""
+    (height, width), (down, across) = geometry.kernel_size, geometry.dilation
+    return down * (height - 1), across * (width - 1)

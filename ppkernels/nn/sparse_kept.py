@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import cast
 
 import torch
@@ -30,10 +31,11 @@ def topology_of(op: str, kept: Kept, shape: tuple[int, ...]) -> Topology:
                 f"{op}: kept must have the shape of the weight, {shape}, got {tuple(kept.shape)}"
             )
         return kept if isinstance(kept, Topology) else Topology.of_mask(kept)
-    if isinstance(kept, Tensor):
+    if not isinstance(kept, Real) or isinstance(kept, bool):
+        is_tensor = isinstance(kept, Tensor)
         raise TypeError(
-            f"{op}: kept must be a share, a pp.Topology or a pp.BitMask, got a tensor; "
-            "pp.BitMask.pack(tensor) makes a mask of a bool one"
+            f"{op}: kept must be a share from 0 to 1, a pp.Topology or a pp.BitMask, got "
+            + ("a tensor; pp.BitMask.pack makes a mask of a bool one" if is_tensor else repr(kept))
         )
     if check_share(op, "kept", kept) == 0:
         raise ValueError(f"{op}: kept must be a share above 0 and up to 1, got {kept}")

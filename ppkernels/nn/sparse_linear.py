@@ -120,7 +120,7 @@ class SparseLinear(Sparse):
         return _product(input, theta, self._topology, self.bias)
 
     @classmethod
-    def from_linear(cls, layer: nn.Module, kept: Topology | None = None) -> SparseLinear:
+    def from_linear(cls, layer: nn.Module, kept: Kept | None = None) -> SparseLinear:
         """The sparse layer of an nn.Linear, MaskedLinear or PowerLinear.
 
         Kept is where θ is not 0, and where an ``update_mask`` that is set trains it. Entries that
@@ -130,7 +130,8 @@ class SparseLinear(Sparse):
         Args:
             layer: it stays as it is; the sparse layer has the same Parameter as its bias, and one
                 of its own, with the same ``requires_grad``, for its weight.
-            kept: keep these entries instead, whatever they are; all others are lost.
+            kept: keep these entries instead, whatever they are, as the constructor's; all others
+                are lost.
 
         Returns:
             A `PowerSparseLinear` with the exponent and ``stores`` of a powered layer, else a
@@ -139,6 +140,7 @@ class SparseLinear(Sparse):
         Raises:
             TypeError: a layer of another class (a subclass too), dtype or device, or one whose
                 weight torch.nn.utils has parametrized or pruned.
+            TypeError, ValueError: ``kept`` of another kind or shape.
 
         Example::
 
@@ -151,9 +153,10 @@ class SparseLinear(Sparse):
         dense = cast(nn.Linear, layer)
         sparse = without_weight(PowerSparseLinear if is_powered(layer) else SparseLinear)
         sparse.in_features, sparse.out_features = dense.in_features, dense.out_features
+        topology = None
         if kept is not None:
-            topology_of("SparseLinear.from_linear", kept, tuple(dense.weight.shape))
-        sparse._take(dense, kept)
+            topology = topology_of("SparseLinear.from_linear", kept, tuple(dense.weight.shape))
+        sparse._take(dense, topology)
         return sparse
 
     def _dense_layer(self, **options: Any) -> nn.Module:

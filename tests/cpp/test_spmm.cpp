@@ -1,5 +1,6 @@
-// The kernels of sparse products over raw memory, against loops in double precision. Buffers are
-// heap blocks of exactly the size in use, so that the address sanitizer sees any step outside.
+// The kernels of sparse products over raw memory, against loops in double precision.
+// Longer than 350 lines: each kernel of the op, and weights and batches for them. Buffers are heap
+// blocks of exactly the size in use, so that the address sanitizer sees any step outside.
 #include "kernels/spmm.h"
 
 #include <algorithm>
@@ -345,6 +346,39 @@ void test_same_bits() {
   }
 }
 
+// The same bits on every instruction set, whatever the lanes; batches of one as well.
+void test_same_bits_on_all_sets() {
+  const int64_t rows = 200, features = 150;
+  for (int64_t count : {1, 4, 20}) {
+    const Weight w(rows, features, 0.3, false, Type::kFloat32, false, 13);
+    const Batch x(Type::kFloat32, count, features, true, 14);
+    std::vector<std::vector<float>> results;
+    for (int i = 0; i < ppkernels::kIsaCount; ++i) {
+      if (!ppkernels::is_available(ppkernels::Isa(i))) continue;
+      const auto& set = ppkernels::spmm_kernels(ppkernels::Isa(i));
+      std::vector<float> out(size_t(count * rows)), row(static_cast<size_t>(features));
+      Aligned panel(features * set.lanes);
+      for (int64_t first = 0; first < count && count > 1; first += set.lanes) {
+        const int64_t numbers = std::min(set.lanes, count - first);
+        set.pack(x.matrix(), first, numbers, 0, features, set.lanes, panel.start);
+        set.multiply(w.entries(), panel.start, set.lanes, nullptr,
+                     {Type::kFloat32, out.data() + first * rows, rows, numbers}, 0, rows);
+      }
+      if (count == 1) {
+        set.widen(x.matrix(), features, row.data());
+        set.multiply_one(w.entries(), row.data(), nullptr, {Type::kFloat32, out.data(), rows, 1}, 0,
+                         rows);
+      }
+      results.push_back(out);
+    }
+    for (const auto& other : results) {
+      for (size_t i = 0; i < other.size(); ++i)
+        CHECK(same(other[i], results[0][i]), "batch %d: %a and %a", int(count), double(other[i]),
+              double(results[0][i]));
+    }
+  }
+}
+
 void test_values() {
   for (Type type : {Type::kFloat32, Type::kBFloat16}) {
     const Weight w(40, 30, 0.5, false, type, true, 21);
@@ -375,6 +409,7 @@ int main() {
   }
   test_special_values();
   test_same_bits();
+  test_same_bits_on_all_sets();
   test_values();
   std::printf("spmm: all checks passed\n");
   return 0;

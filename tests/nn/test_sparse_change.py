@@ -247,7 +247,9 @@ def test_compiled_models_follow() -> None:
         (([], [500]), ValueError, "grow must be places >= 0 and < 192, got 500"),
         (([], ["free"], torch.randn(2)), ValueError, r"a value for each place of grow, \(1,\)"),
         (([], ["free"], torch.ones(1).long()), TypeError, "values must be float32"),
-        (([], ["free"], torch.zeros(1)), ValueError, "values must not be 0 for a powered layer"),
+        (([], ["free"], torch.zeros(1)), ValueError, "values must not be 0, nor become 0 in"),
+        (([], ["free"], torch.tensor([float("nan")])), ValueError, "values must be finite"),
+        (([], ["free"], torch.tensor([-float("inf")])), ValueError, "values must be finite"),
         (
             ([], ["free"], None, "sgd"),
             TypeError,
@@ -282,6 +284,21 @@ def test_values_may_be_0_where_they_come_back() -> None:
     for layer in (linear(), pp.nn.PowerSparseLinear(16, 12, kept=0.3, alpha=1.0)):
         origin = layer.change_topology(*choice(layer, 0, 2), torch.zeros(2))
         assert (layer.weight[origin < 0] == 0).all()
+
+
+@pytest.mark.parametrize("stores", ["theta", "phi"])
+@pytest.mark.parametrize(
+    ("value", "message"), [(1e-20, "nor become 0 in torch.float16"), (1e30, "finite numbers")]
+)
+def test_what_half_precision_makes_of_values(stores: str, value: float, message: str) -> None:
+    layer = linear(0.3, stores, dtype=torch.float16)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        layer.change_topology(*choice(layer, 0, 2), torch.tensor([0.1, value]))
+    assert torch.equal(layer.weight, before)
+    origin = layer.change_topology(*choice(layer, 0, 2), torch.tensor([0.1, -0.2]))
+    grown = layer.theta[origin < 0].abs().sort().values.float()
+    torch.testing.assert_close(grown, torch.tensor([0.1, 0.2]), rtol=2e-3, atol=0)
 
 
 def test_a_pruned_weight_is_refused() -> None:
