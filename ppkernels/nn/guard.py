@@ -14,8 +14,7 @@ into ``layer._parameters`` that an optimizer looked through before has already. 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +25,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ppkernels import _powered
 from ppkernels._checks import is_captured
@@ -47,22 +45,27 @@ class _Look(NamedTuple):
     # Weights that it may not step, and those of which it may not move every entry.
     theta: list[Tensor]
     frozen: list[Tensor]
-    # Those that have had other shapes.
-    resized: list[Tensor]
+    # Those that have had other shapes, which ones.
+    resized: list[tuple[Tensor, set[torch.Size]]]
 
 
 _NEVER = _Look(None, [], [], [], [])
 _seen: WeakKeyDictionary[Optimizer, _Look] = WeakKeyDictionary()
 # The masks that CUDA graphs read at each replay; when a graph ends, nobody is told.
 _captured: WeakKeyDictionary[Optimizer, list[BitMask]] = WeakKeyDictionary()
-# The shapes that Parameters had before the one that they have.
-_former_shapes: MutableMapping[Tensor, set[torch.Size]] = WeakIdKeyDictionary()
+# The shapes that layers' weights had before the one that they have. By layer, because torch swaps
+# no Parameter that something has a weak reference to (set_swap_module_params_on_conversion).
+_former_shapes: WeakKeyDictionary[nn.Module, set[torch.Size]] = WeakKeyDictionary()
 
 
-def note_resized(weight: nn.Parameter, former: torch.Size) -> None:
-    """``weight`` has another shape now, and optimizers may have a state of the ``former`` one."""
-    _former_shapes.setdefault(weight, set()).add(former)
-    _powered.weights_changed()
+def note_resized(layer: nn.Module, former: torch.Size) -> None:
+    """The weight of ``layer`` may have another shape now than the ``former`` one.
+
+    Optimizers may have a state of that one.
+    """
+    if cast(Tensor, layer.weight).shape != former:
+        _former_shapes.setdefault(layer, set()).add(former)
+        _powered.weights_changed()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -77,8 +80,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     look = _seen.get(optimizer, _NEVER)
     if look.generation is not _powered.generation() or _differ(optimizer.param_groups, look.groups):
         look = _seen[optimizer] = _look_through(optimizer)
-    for weight in look.resized:
-        _check_state(optimizer, weight)
+    for weight, shapes in look.resized:
+        _check_state(optimizer, weight, shapes)
     for weight in look.theta:
         if _may_move(weight) and not _hands_on(optimizer):
             _refuse(optimizer, weight)
@@ -165,16 +168,20 @@ def _look_through(optimizer: Optimizer) -> _Look:
     frozen = [weight for weight in weights if _powered.freezing_layer(weight) is not None]
     for weight in frozen:
         _powered.check_one_update_mask(f"{type(optimizer).__name__}.step", weight)
-    resized = [weight for weight in weights if weight in _former_shapes]
+    former: dict[int, set[torch.Size]] = {}
+    for layer, shapes in list(_former_shapes.items()):
+        for weight in _powered.trained(layer):
+            former.setdefault(id(weight), set()).update(shapes)
+    resized = [(weight, former[id(weight)]) for weight in weights if id(weight) in former]
     return _Look(generation, groups, theta, frozen, resized)
 
 
-def _check_state(optimizer: Optimizer, weight: Tensor) -> None:
-    """The state of ``weight`` is not that of the entries which it had in a former shape.
+def _check_state(optimizer: Optimizer, weight: Tensor, former: set[torch.Size]) -> None:
+    """The state of ``weight`` is not that of the entries which it had in a ``former`` shape.
 
     Fused steps would not notice, and read past the end of it.
     """
-    former = _former_shapes.get(weight, set()) - {weight.shape}
+    former = former - {weight.shape}
     for name, value in optimizer.state.get(weight, {}).items():
         if isinstance(value, Tensor) and value.shape in former:
             raise RuntimeError(

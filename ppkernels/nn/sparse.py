@@ -11,6 +11,7 @@ from ppkernels import _powered
 from ppkernels._powered import is_masked, is_powered
 from ppkernels.autograd import Power
 from ppkernels.nn.checkpoint import INDICES, MASKS, taken_topology
+from ppkernels.nn.guard import note_resized
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
 from ppkernels.nn.sparse_change import (
@@ -19,6 +20,7 @@ from ppkernels.nn.sparse_change import (
     change_topology,
     drawn,
     exchange_values,
+    whole_weight,
 )
 from ppkernels.nn.sparse_folded import FoldedSparse
 from ppkernels.nn.sparse_kept import bits_at, dense_bits, pruned_mask
@@ -39,6 +41,7 @@ class Sparse(Masked):
             copies, pickles and checkpoints have it, but DistributedDataParallel sends only the
             values from process to process. Its layers must start with the same topology: from one
             seed, one checkpoint, or one plan of `pp.sparsify`. So must those that are averaged.
+            Where FSDP2 has sharded the values they are trained, and the topology stays.
         update_mask, mask: as in `Masked`, of the shape [E].
 
     Checkpoints: the state_dict holds what that of `Masked` or `Powered` does, with ``weight`` [E],
@@ -84,7 +87,12 @@ class Sparse(Masked):
         Its ``update_mask`` trains what is trained here, so that what is not kept stays 0; a
         ``mask`` hides what is hidden here. It has the same Parameter as its bias, and one of its
         own for its weight; optimizer state stays where it is.
+
+        Raises:
+            RuntimeError: a weight that torch.nn.utils has parametrized or pruned, or that is
+                sharded (DTensor).
         """
+        whole_weight("to_dense", self)
         options: dict[str, Any] = {"bias": self.bias is not None, "dtype": self.weight.dtype}
         if is_powered(self):
             options |= {"alpha": self.alpha, "stores": self.stores}
@@ -168,8 +176,8 @@ class Sparse(Masked):
                 shape, or NaN or infinite; a value 0, also one that the weight's dtype rounds to 0,
                 for a powered layer with α > 1, where it would stay 0; an optimizer that does not
                 have the weight; a layer with another topology that shares it.
-            RuntimeError: a weight that torch.nn.utils has parametrized or pruned; a state that has
-                not a number for each entry (LBFGS, Adafactor).
+            RuntimeError: a weight that torch.nn.utils has parametrized or pruned, or that is
+                sharded (DTensor); a state that has not a number for each entry (LBFGS, Adafactor).
 
         Nothing is changed when an error is raised.
 
@@ -221,9 +229,11 @@ class Sparse(Masked):
         try:
             topology = taken_topology(state_dict, prefix, self._topology)
             if topology is not None and topology is not self._topology:
-                weight = self._own_weight("load_state_dict")
+                weight = whole_weight("load_state_dict", self)
+                former = weight.shape
                 exchange_values(weight, weight.detach().new_empty(topology.count()))
                 self._move(topology, {})
+                note_resized(self, former)
         except (TypeError, ValueError, RuntimeError) as error:
             # Nothing of this layer is loaded.
             error_msgs.append(f'"{prefix}weight": {error}')

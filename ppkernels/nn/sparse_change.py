@@ -46,7 +46,7 @@ def change_topology(
 ) -> Tensor:
     """See `Sparse.change_topology`. All that is refused is found before anything is changed."""
     op = f"{type(layer).__name__}.change_topology"
-    weight = layer._own_weight(op)
+    weight = whole_weight(op, layer)
     layers = _sharing(op, layer, weight)
     states = _states(op, weight, optimizer)
     topology, origin = layer.topology.changed(drop, grow)
@@ -54,9 +54,11 @@ def change_topology(
     grown = _stored(op, layer, grow, values)
     new_weight = moved.values(weight.detach(), grown)
     masks = [_moved_masks(each, moved) for each in layers]
+    former = weight.shape
     exchange_values(weight, new_weight)
     for each, own in zip(layers, masks, strict=True):
         each._move(topology, own)
+        note_resized(each, former)
     for state in states:
         filled = grown if state.key == _powered.MASTER else 0.0
         state.replace(partial(moved.values, grown=filled))
@@ -75,9 +77,22 @@ def bound_of(topology: Topology) -> float:
     return 1 / math.sqrt(max(topology.in_features, 1))
 
 
+def whole_weight(op: str, layer: Sparse) -> nn.Parameter:
+    """The weight, which is a Parameter of the layer's own and all here."""
+    weight = layer._own_weight(op)
+    if hasattr(weight, "__tensor_flatten__"):
+        raise RuntimeError(
+            f"{op}: the weight of {type(layer).__name__} is a {type(weight).__name__}, whose "
+            "entries cannot be moved; do this before the model is sharded (fully_shard)"
+        )
+    return weight
+
+
 def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give ``parameter`` other values, of any number, and no gradient; it stays the same object."""
-    former = parameter.shape
+    """Give ``parameter`` other values, of any number, and no gradient; it stays the same object.
+
+    Whoever changes the number notes it for the layer: `note_resized`.
+    """
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     # While a graph lives, autograd keeps what adds up the gradient, and expects one of the size
     # from then; another dtype makes it forget.
@@ -87,8 +102,6 @@ def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
     # What the assignment does not do. So the backward pass of an older graph, whose indices are
     # others, is an error.
     torch.autograd.graph.increment_version(parameter)
-    if former != values.shape:
-        note_resized(parameter, former)
 
 
 def _sharing(op: str, layer: Sparse, weight: nn.Parameter) -> list[Sparse]:

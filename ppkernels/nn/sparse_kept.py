@@ -93,6 +93,8 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
     weight = weight_parameter(layer)
     if weight is None:
         return "its weight is no Parameter of its own (torch.nn.utils has normalised or pruned it)"
+    if hasattr(weight, "__tensor_flatten__"):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.is_meta:
         return "its weight is on the meta device, where tensors have no values"
     if weight.dtype not in KERNEL_DTYPES:

@@ -168,7 +168,7 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
         TypeError: no module; an optimizer of another kind.
         ValueError: a model that is wrapped or compiled.
         RuntimeError: an optimizer's state that is not known to follow; a weight that torch.nn.utils
-            has parametrized or pruned.
+            has parametrized or pruned, or that is sharded (DTensor).
 
     Nothing is changed when an error is raised.
     """

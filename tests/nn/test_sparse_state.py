@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -118,6 +118,25 @@ def test_a_checkpoint_is_assigned(kind: tuple, stores: str | None) -> None:
         assert torch.equal(layer(x), saved(x))
         layer(x).sum().backward()
         assert layer.weight.grad.shape == saved.weight.shape
+
+
+@pytest.fixture
+def swaps_parameters() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swaps_parameters")
+def test_parameters_that_are_swapped(kind: tuple) -> None:
+    make, x = kind
+    model = nn.Sequential(make(0.1))
+    for kept in (0.3, 0.2):
+        saved = nn.Sequential(make(kept))
+        model.load_state_dict(saved.state_dict())
+        assert torch.equal(model(x), saved(x))
+    pp.densify(model.to(torch.bfloat16)).to(torch.float32)
+    torch.testing.assert_close(model(x), saved(x), rtol=0.05, atol=0.05)
 
 
 def test_a_checkpoint_without_masks_takes_them_away() -> None:
