@@ -11,7 +11,6 @@ from ppkernels import _powered
 from ppkernels._powered import is_masked, is_powered
 from ppkernels.autograd import Power
 from ppkernels.nn.checkpoint import INDICES, MASKS, taken_topology
-from ppkernels.nn.guard import note_resized
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.powered import Powered
 from ppkernels.nn.sparse_change import (
@@ -19,7 +18,7 @@ from ppkernels.nn.sparse_change import (
     bound_of,
     change_topology,
     drawn,
-    exchange_values,
+    exchange_topology,
     whole_weight,
 )
 from ppkernels.nn.sparse_folded import FoldedSparse
@@ -35,7 +34,13 @@ class Sparse(Masked):
     Attributes:
         weight: the trained parameter: the kept values alone, [E], in row-major order of their
             places. It has one dimension, so what is told apart by that, as biases and norms from
-            weights when groups of an optimizer are made, has to ask for the layer.
+            weights when groups of an optimizer are made, has to ask for the layer. Optimizers that
+            treat each weight by itself train it as they train the dense one; torch's Muon, which
+            needs a matrix, refuses it, and Adafactor factors nothing. ``weight_norm`` divides each
+            value by itself, and ``spectral_norm`` all of them by one norm, that of the row.
+            Clipping (torch.nn.utils.clip_grad_norm_) counts what is kept alone: the total norm is
+            smaller than that of the masked dense layer, whose gradient is dense, so that runs with
+            clipping are not the same.
         topology: a `pp.Topology`: where the values stand in the weight of the dense layer. It
             changes by `change_topology` and by loading a checkpoint alone, and is no buffer:
             copies, pickles and checkpoints have it, but DistributedDataParallel sends only the
@@ -51,7 +56,10 @@ class Sparse(Masked):
     are an error, and the layer stays as it was. A checkpoint of the dense layer, its masks
     included, is taken where it is 0 wherever this layer has no entry; else it is an error, as that
     of a sparse layer is for a dense one: which entries to keep is asked when a layer becomes
-    sparse. ``strict=False`` takes values without indices as those of the layer's own topology.
+    sparse. ``strict=False`` takes values without indices as those of the layer's own topology, and
+    indices without values, as files have them that hold a shared weight once (safetensors'
+    ``save_model``), as `change_topology` to them: values that the layer does not have are drawn.
+    Layers that share the weight, of the same topology, take over the new one together.
 
     In a torch.compile'd model the first backward pass that asks for the input's gradient makes
     indices that the topology then keeps, so the second call compiles once more; a step before, or
@@ -154,8 +162,10 @@ class Sparse(Masked):
         the state stay as they are, and ``.grad`` becomes None. Layers that share the weight, which
         must have the same topology, change with it.
 
-        Under torch.compile the next call compiles once more where the number of entries is another
-        one. What else knows of the weight has to be made anew: DistributedDataParallel, and
+        Under torch.compile each new number of entries compiles the next call once more, and after
+        some of them (torch._dynamo.config.recompile_limit) torch gives up: it runs the layer
+        uncompiled, and with ``fullgraph=True`` it raises. Grow as many as you drop, and nothing is
+        compiled again after the first change. What else knows of the weight has to be made anew: DistributedDataParallel, and
         averages as torch.optim.swa_utils.AveragedModel.
 
         Args:
@@ -230,10 +240,7 @@ class Sparse(Masked):
             topology = taken_topology(state_dict, prefix, self._topology)
             if topology is not None and topology is not self._topology:
                 weight = whole_weight("load_state_dict", self)
-                former = weight.shape
-                exchange_values(weight, weight.detach().new_empty(topology.count()))
-                self._move(topology, {})
-                note_resized(self, former)
+                exchange_topology(self, weight, topology)
         except (TypeError, ValueError, RuntimeError) as error:
             # Nothing of this layer is loaded.
             error_msgs.append(f'"{prefix}weight": {error}')

@@ -65,6 +65,26 @@ def change_topology(
     return origin
 
 
+def exchange_topology(layer: Sparse, weight: nn.Parameter, topology: Topology) -> None:
+    """Stand on ``topology`` before a checkpoint's values are loaded, without masks.
+
+    Values that the checkpoint lacks are what `Sparse.change_topology` would give.
+    """
+    own, former = layer.topology, weight.shape
+    values = weight.detach().new_empty(topology.count())
+    if not weight.is_meta:
+        places = topology.places()
+        was_kept = own.mask().unpack().view(-1)[places]
+        old = own.scatter(weight.detach()).view(-1)[places]
+        values = torch.where(was_kept, old, layer._stored(drawn(values, topology)))
+    layers = [each for each in _powered.masked_layers_of(weight) if _powered.is_sparse(each)]
+    exchange_values(weight, values)
+    for each in cast("list[Sparse]", layers):
+        if each.topology == own:
+            each._move(topology, {})
+            note_resized(each, former)
+
+
 def drawn(like: Tensor, topology: Topology) -> Tensor:
     """θ for ``like``, drawn as torch.nn draws weights of this topology's shape, but never 0."""
     bound = bound_of(topology)

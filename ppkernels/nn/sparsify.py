@@ -47,7 +47,8 @@ def sparsify(
     `Pruner` leaves such layers, and so do masks of your own and plain layers with zeros. Sparse, it
     stores the entries that are left alone (`pp.nn.SparseLinear`, `SparseConv2d`), and so does the
     optimizer; forward, backward and step cost what is left. Outputs and gradients are those of the
-    masked dense layer to rounding. What is not kept stays 0 from then on, also in a plain layer
+    masked dense layer to rounding; but the dense gradient is not 0 where nothing is kept, so that
+    clipping by norm clips more there (`pp.nn.Sparse`). What is not kept stays 0 from then on, also in a plain layer
     without masks, whose zeros a step would have moved. An entry that ``mask`` hides and that no
     step trains is not kept.
 
