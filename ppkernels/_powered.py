@@ -207,13 +207,13 @@ def _read() -> _Index:
         if layer is None or "_modules" not in layer.__dict__:
             continue  # gone, or still being constructed
         index.weights.append((reference, id(layer._parameters.get("weight"))))
-        for parameter in _trained(layer):
+        for parameter in trained(layer):
             index.layers.setdefault(id(parameter), []).append(reference)
     _index = index
     return index
 
 
-def _trained(layer: nn.Module) -> list[nn.Parameter]:
+def trained(layer: nn.Module) -> list[nn.Parameter]:
     """The Parameters that the weight comes from: pruning and the like put others in its place."""
     weight = weight_parameter(layer)
     if weight is not None:
@@ -238,7 +238,7 @@ def masked_layers_of(parameter: Tensor) -> list[MaskedLayer]:
     return [
         layer  # type: ignore[misc]
         for layer in found
-        if layer is not None and any(own is parameter for own in _trained(layer))
+        if layer is not None and any(own is parameter for own in trained(layer))
     ]
 
 

@@ -120,8 +120,6 @@ def taken_topology(state_dict: dict[str, Any], prefix: str, own: Topology) -> To
     if len(found) < len(INDICES):
         raise ValueError(f"the checkpoint has {next(iter(found))}, and not both of {INDICES}")
     topology = Topology(found["offsets"], found["columns"], own.shape)
-    if weight is None and topology != own:
-        raise ValueError("the checkpoint has a topology, and no weight for it")
     if isinstance(weight, Tensor) and weight.shape != topology.columns.shape:
         raise ValueError(
             f"the topology has {topology.count()} entries, and the weight beside it has shape "

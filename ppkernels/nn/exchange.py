@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ppkernels._powered import dismiss, enrol
+from ppkernels._resized import note_resized
 from ppkernels.nn.masks import Masked
 from ppkernels.nn.sparse_change import exchange_values
 
@@ -35,7 +36,9 @@ def become(layer: nn.Module, made: nn.Module) -> None:
             layer.__dict__[name] = value
     weight = layer._parameters["weight"]
     assert weight is not None
+    former = weight.shape
     exchange_values(weight, cast(Tensor, made.weight).detach())
+    note_resized(layer, former)
     for name, buffer in made._buffers.items():
         layer._buffers.setdefault(name, buffer)
     layer.__class__ = type(made)

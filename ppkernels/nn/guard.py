@@ -27,7 +27,7 @@ from torch.optim.optimizer import (
 
 from ppkernels import _powered
 from ppkernels._checks import is_captured
-from ppkernels._resized import any_resized, check_state, is_resized
+from ppkernels._resized import Resized, any_resized, check_state, resized_among
 from ppkernels.nn.frozen import FrozenEntries, StepArguments, freeze
 from ppkernels.ops import BitMask
 
@@ -45,8 +45,8 @@ class _Look(NamedTuple):
     # Weights that it may not step, and those of which it may not move every entry.
     theta: list[Tensor]
     frozen: list[Tensor]
-    # Those that have had other shapes.
-    resized: list[Tensor]
+    # Those that have had other shapes, which ones.
+    resized: list[Resized]
 
 
 _NEVER = _Look(None, [], [], [], [])
@@ -67,8 +67,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     look = _seen.get(optimizer, _NEVER)
     if look.generation is not _powered.generation() or _differ(optimizer.param_groups, look.groups):
         look = _seen[optimizer] = _look_through(optimizer)
-    for weight in look.resized:
-        check_state(optimizer, weight)
+    for weight, former in look.resized:
+        check_state(optimizer, weight, former)
     for weight in look.theta:
         if _may_move(weight) and not _hands_on(optimizer):
             _refuse(optimizer, weight)
@@ -155,8 +155,7 @@ def _look_through(optimizer: Optimizer) -> _Look:
     frozen = [weight for weight in weights if _powered.freezing_layer(weight) is not None]
     for weight in frozen:
         _powered.check_one_update_mask(f"{type(optimizer).__name__}.step", weight)
-    resized = [weight for weight in weights if is_resized(weight)]
-    return _Look(generation, groups, theta, frozen, resized)
+    return _Look(generation, groups, theta, frozen, resized_among(weights))
 
 
 def _refuse(optimizer: Optimizer, weight: Tensor) -> None:

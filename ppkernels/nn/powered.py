@@ -180,6 +180,9 @@ class Powered(Masked):
                     weight = weight.to(torch.promote_types(weight.dtype, self.weight.dtype))
                 convert = power if saved_phi else inverse_power
                 state_dict[prefix + "weight"] = convert(weight.detach(), alpha)
+        own = {prefix + "alpha", prefix + "weight"}
+        if weight_parameter(self) is not None and own.isdisjoint(state_dict):
+            return  # no plain layer's: the loader says that both are missing
         # The loader takes these as the layer's own: same kind, no key missing, none unexpected.
         state_dict[prefix + "alpha"] = torch.full_like(self.alpha, alpha)
         if self.stores == "phi":

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ppkernels import _powered
-from ppkernels._checks import normal_tensors
 from ppkernels._powered import is_masked, is_powered
 from ppkernels.autograd import Power
 from ppkernels.nn.checkpoint import INDICES, MASKS, taken_topology
@@ -19,7 +18,8 @@ from ppkernels.nn.sparse_change import (
     bound_of,
     change_topology,
     drawn,
-    exchange_values,
+    exchange_topology,
+    whole_weight,
 )
 from ppkernels.nn.sparse_folded import FoldedSparse
 from ppkernels.nn.sparse_kept import (
@@ -40,12 +40,19 @@ class Sparse(Masked):
     Attributes:
         weight: the trained parameter: the kept values alone, [E], in row-major order of their
             places. It has one dimension, so what is told apart by that, as biases and norms from
-            weights when groups of an optimizer are made, has to ask for the layer.
+            weights when groups of an optimizer are made, has to ask for the layer. Optimizers that
+            treat each weight by itself train it as they train the dense one; torch's Muon, which
+            needs a matrix, refuses it, and Adafactor factors nothing. ``weight_norm`` divides each
+            value by itself, and ``spectral_norm`` all of them by one norm, that of the row.
+            Clipping (torch.nn.utils.clip_grad_norm_) counts what is kept alone: the total norm is
+            smaller than that of the masked dense layer, whose gradient is dense, so that runs with
+            clipping are not the same.
         topology: a `pp.Topology`: where the values stand in the weight of the dense layer. It
             changes by `change_topology` and by loading a checkpoint alone, and is no buffer:
             copies, pickles and checkpoints have it, but DistributedDataParallel sends only the
             values from process to process. Its layers must start with the same topology: from one
             seed, one checkpoint, or one plan of `pp.sparsify`. So must those that are averaged.
+            Where FSDP2 has sharded the values they are trained, and the topology stays.
         update_mask, mask: as in `Masked`, of the shape [E].
 
     Checkpoints: the state_dict holds what that of `Masked` or `Powered` does, with ``weight`` [E],
@@ -55,7 +62,10 @@ class Sparse(Masked):
     are an error, and the layer stays as it was. A checkpoint of the dense layer, its masks
     included, is taken where it is 0 wherever this layer has no entry; else it is an error, as that
     of a sparse layer is for a dense one: which entries to keep is asked when a layer becomes
-    sparse. ``strict=False`` takes values without indices as those of the layer's own topology.
+    sparse. ``strict=False`` takes values without indices as those of the layer's own topology, and
+    indices without values, as files have them that hold a shared weight once (safetensors'
+    ``save_model``), as `change_topology` to them: values that the layer does not have are drawn.
+    Layers that share the weight, of the same topology, take over the new one together.
 
     In a torch.compile'd model the first backward pass that asks for the input's gradient makes
     indices that the topology then keeps, so the second call compiles once more; a step before, or
@@ -93,7 +103,8 @@ class Sparse(Masked):
         own for its weight; optimizer state stays where it is.
 
         Raises:
-            RuntimeError: a weight or bias that torch.nn.utils has parametrized or pruned.
+            RuntimeError: a weight or bias that torch.nn.utils has parametrized or pruned; a weight
+                that is sharded (DTensor).
         """
         self._check_own_parameters("to_dense")
         options: dict[str, Any] = {"bias": self.bias is not None, "dtype": self.weight.dtype}
@@ -112,7 +123,7 @@ class Sparse(Masked):
 
     def _check_own_parameters(self, op: str) -> nn.Parameter:
         """The weight; it and the bias are Parameters of the layer's own."""
-        weight = self._own_weight(op)
+        weight = whole_weight(op, self)
         if "bias" not in self._parameters:
             raise RuntimeError(
                 f"{op}: the bias of {self} is no longer a Parameter of its own "
@@ -172,9 +183,11 @@ class Sparse(Masked):
         the state stay as they are, and ``.grad`` becomes None. Layers that share the weight, which
         must have the same topology, change with it.
 
-        Under torch.compile the next call compiles once more where the number of entries is another
-        one. What else knows of the weight has to be made anew: DistributedDataParallel, and
-        averages as torch.optim.swa_utils.AveragedModel.
+        Under torch.compile each new number of entries compiles the next call once more, and after
+        some of them (torch._dynamo.config.recompile_limit) torch gives up: it runs the layer
+        uncompiled, and with ``fullgraph=True`` it raises. Grow as many as you drop, and nothing is
+        compiled again after the first change. What else knows of the weight has to be made anew:
+        DistributedDataParallel, and averages as torch.optim.swa_utils.AveragedModel.
 
         Args:
             drop: which entries: their positions in ``weight``, int64 [D], or a bool for each, [E].
@@ -194,8 +207,8 @@ class Sparse(Masked):
                 shape, or NaN or infinite; a value 0, also one that the weight's dtype rounds to 0,
                 for a powered layer with α > 1, where it would stay 0; optimizers of which none has
                 the weight; a layer with another topology that shares it.
-            RuntimeError: a weight that torch.nn.utils has parametrized or pruned; a state that has
-                not a number for each entry (LBFGS, Adafactor).
+            RuntimeError: a weight that torch.nn.utils has parametrized or pruned, or that is
+                sharded (DTensor); a state that has not a number for each entry (LBFGS, Adafactor).
 
         Nothing is changed when an error is raised.
 
@@ -247,11 +260,8 @@ class Sparse(Masked):
         try:
             topology = taken_topology(state_dict, prefix, self._topology)
             if topology is not None and topology is not self._topology:
-                weight = self._own_weight("load_state_dict")
-                with normal_tensors():
-                    values = weight.detach().new_empty(topology.count())
-                exchange_values(weight, values)
-                self._move(topology, {})
+                weight = whole_weight("load_state_dict", self)
+                exchange_topology(self, weight, topology)
         except (TypeError, ValueError, RuntimeError) as error:
             # Nothing of this layer is loaded.
             error_msgs.append(f'"{prefix}weight": {error}')

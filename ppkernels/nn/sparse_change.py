@@ -47,7 +47,7 @@ def change_topology(
 ) -> Tensor:
     """See `Sparse.change_topology`. All that is refused is found before anything is changed."""
     op = f"{type(layer).__name__}.change_topology"
-    weight = layer._own_weight(op)
+    weight = whole_weight(op, layer)
     layers = sharing(op, layer, weight)
     states = _states(op, weight, optimizer)
     topology, origin = layer.topology.changed(drop, grow)
@@ -55,13 +55,36 @@ def change_topology(
     grown = _stored(op, layer, grow, values)
     new_weight = moved.values(weight.detach(), grown)
     masks = [_moved_masks(each, moved) for each in layers]
+    former = weight.shape
     exchange_values(weight, new_weight)
     for each, own in zip(layers, masks, strict=True):
         each._move(topology, own)
+        note_resized(each, former)
     for state in states:
         filled = grown if state.key == _powered.MASTER else 0.0
         state.replace(partial(moved.values, grown=filled))
     return origin
+
+
+@normal_tensors()
+def exchange_topology(layer: Sparse, weight: nn.Parameter, topology: Topology) -> None:
+    """Stand on ``topology`` before a checkpoint's values are loaded, without masks.
+
+    Values that the checkpoint lacks are what `Sparse.change_topology` would give.
+    """
+    own, former = layer.topology, weight.shape
+    values = weight.detach().new_empty(topology.count())
+    if not weight.is_meta:
+        places = topology.places()
+        was_kept = own.mask().unpack().view(-1)[places]
+        old = own.scatter(weight.detach()).view(-1)[places]
+        values = torch.where(was_kept, old, layer._stored(drawn(values, topology)))
+    layers = [each for each in _powered.masked_layers_of(weight) if _powered.is_sparse(each)]
+    exchange_values(weight, values)
+    for each in cast("list[Sparse]", layers):
+        if each.topology == own:
+            each._move(topology, {})
+            note_resized(each, former)
 
 
 def drawn(like: Tensor, topology: Topology) -> Tensor:
@@ -88,9 +111,22 @@ def sharing(op: str, layer: Sparse, weight: nn.Parameter) -> list[Sparse]:
     return [layer, *cast(Any, others)]
 
 
+def whole_weight(op: str, layer: Sparse) -> nn.Parameter:
+    """The weight, which is a Parameter of the layer's own and all here."""
+    weight = layer._own_weight(op)
+    if hasattr(weight, "__tensor_flatten__"):
+        raise RuntimeError(
+            f"{op}: the weight of {type(layer).__name__} is a {type(weight).__name__}, whose "
+            "entries cannot be moved; do this before the model is sharded (fully_shard)"
+        )
+    return weight
+
+
 def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give ``parameter`` other values, of any number, and no gradient; it stays the same object."""
-    former = parameter.shape
+    """Give ``parameter`` other values, of any number, and no gradient; it stays the same object.
+
+    Whoever changes the number notes it for the layer: `note_resized`.
+    """
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     # While a graph lives, autograd keeps what adds up the gradient, and expects one of the size
     # from then; another dtype makes it forget.
@@ -100,8 +136,6 @@ def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
     # What the assignment does not do. So the backward pass of an older graph, whose indices are
     # others, is an error.
     torch.autograd.graph.increment_version(parameter)
-    if former != values.shape:
-        note_resized(parameter, former)
 
 
 def _states(op: str, weight: nn.Parameter, optimizer: Optimizers) -> list[StateTensor]:

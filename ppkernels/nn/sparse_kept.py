@@ -104,6 +104,8 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
         return "its weight is no Parameter of its own (torch.nn.utils has normalised or pruned it)"
     if "bias" not in layer._parameters:
         return "its bias is no Parameter of its own (torch.nn.utils has pruned it)"
+    if hasattr(weight, "__tensor_flatten__"):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype not in KERNEL_DTYPES:
         return f"its weight is {weight.dtype}, and the kernels have float32 and bfloat16"
     return None

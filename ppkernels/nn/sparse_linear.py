@@ -83,7 +83,8 @@ class SparseLinear(Sparse):
     The kernels have float32 and bfloat16, on CPUs; other dtypes and devices take the reference,
     which is dense and slow. θ starts as nn.Linear's weight does at these entries, but is never 0.
     `Sparse` says what the attributes, the masks and the checkpoints are. It is trained by
-    PowerSGD and PowerAdamW, as a plain layer, and by any optimizer that takes dense gradients.
+    PowerSGD and PowerAdamW, as a plain layer, and by others that treat each weight by itself, as
+    torch's SGD and AdamW do.
 
     Raises:
         TypeError, ValueError: ``kept`` of another kind or shape.
@@ -178,7 +179,8 @@ class PowerSparseLinear(PowerSparse, SparseLinear):
         alpha, stores: as in `PowerLinear`.
 
     Trained as `PowerLinear` is: with ``stores="theta"`` by the optimizers of `pp.optim`, which take
-    the powered step in one pass over the kept values; with ``stores="phi"`` by any.
+    the powered step in one pass over the kept values; with ``stores="phi"`` by those that
+    `SparseLinear` says.
 
     Raises:
         TypeError, ValueError: as `SparseLinear` and `PowerLinear`.

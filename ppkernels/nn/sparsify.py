@@ -48,9 +48,10 @@ def sparsify(
     `Pruner` leaves such layers, and so do masks of your own and plain layers with zeros. Sparse, it
     stores the entries that are left alone (`pp.nn.SparseLinear`, `SparseConv2d`), and so does the
     optimizer; forward, backward and step cost what is left. Outputs and gradients are those of the
-    masked dense layer to rounding. What is not kept stays 0 from then on, also in a plain layer
-    without masks, whose zeros a step would have moved. An entry that ``mask`` hides and that no
-    step trains is not kept.
+    masked dense layer to rounding; but the dense gradient is not 0 where nothing is kept, so that
+    clipping by norm clips more there (`pp.nn.Sparse`). What is not kept stays 0 from then on, also
+    in a plain layer without masks, whose zeros a step would have moved. An entry that ``mask``
+    hides and that no step trains is not kept.
 
     One forward of the model on ``sample_input`` finds the shapes that its layers are called with.
     Each pruned layer is then timed as it is and sparse, in turns, on random inputs of these shapes
@@ -179,10 +180,10 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
     Raises:
         TypeError: no module; an optimizer of another kind.
         ValueError: a model that is wrapped or compiled; optimizers of which none has a weight of
-            the model; a weight that a layer with another topology
-            or one outside ``model`` shares.
+            the model; a weight that a layer with another topology or one outside ``model`` shares.
         RuntimeError: an optimizer's state that is not known to follow; a weight or bias that
-            torch.nn.utils has parametrized or pruned; a layer with a ``forward`` of its own.
+            torch.nn.utils has parametrized or pruned; a weight that is sharded (DTensor); a layer
+            with a ``forward`` of its own.
 
     Nothing is changed when an error is raised.
     """

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ppkernels import _powered
 from ppkernels._checks import alpha_tensor, check_floating, is_captured
-from ppkernels._resized import check_state, is_resized
+from ppkernels._resized import Resized, check_state, resized_among
 
 # What the fused step takes for "α = 1" and for "no mask".
 _ONE = torch.tensor(1.0, dtype=torch.float64, device="cpu")
@@ -29,7 +29,7 @@ class Batch:
         masks: the words of each update mask, those of no elements for none; an empty list if there
             is no mask at all.
         holds_phi: 1 for a weight that holds φ, else 0.
-        resized: those of the parameters that have had another shape.
+        resized: those of the parameters that have had other shapes, and which.
         generation: the registry's when this was found out.
         group_alpha: the group's own exponent at that moment.
     """
@@ -38,7 +38,7 @@ class Batch:
     alphas: list[Tensor]
     masks: list[Tensor]
     holds_phi: list[int]
-    resized: list[Tensor]
+    resized: list[Resized]
     generation: object
     group_alpha: float | Tensor | None
 
@@ -53,8 +53,8 @@ class Batch:
 
     def check_states(self, optimizer: Optimizer) -> None:
         """What ``optimizer`` keeps of the parameters is of the entries that they have."""
-        for parameter in self.resized:
-            check_state(optimizer, parameter)
+        for parameter, former in self.resized:
+            check_state(optimizer, parameter, former)
 
     def only(self, chosen: list[int]) -> Batch:
         """The batch of some of the parameters, by their places."""
@@ -95,7 +95,7 @@ def batch_of(optimizer: str, params: list[Tensor], group_alpha: float | Tensor |
         holds_phi.append(int(bool(layers) and theta_layer is None))
     if all(words is _NO_WORDS for words in masks):
         masks = []
-    resized = [parameter for parameter in params if is_resized(parameter)]
+    resized = resized_among(params)
     return Batch(params, alphas, masks, holds_phi, resized, generation, group_alpha)
 
 

@@ -239,6 +239,24 @@ def test_compiled_models_follow() -> None:
         torch.testing.assert_close(*grads)
 
 
+def test_compiled_models_stay_compiled_where_as_many_grow_as_are_dropped() -> None:
+    layer = linear()
+    x, graphs = torch.randn(5, 16), []
+
+    def backend(graph: torch.fx.GraphModule, example: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Sequential(layer), fullgraph=True, backend=backend)
+    counts = []
+    for _ in range(12):
+        torch.testing.assert_close(compiled(x), layer(x))
+        counts.append(len(graphs))
+        layer.change_topology(*choice(layer, 5, 5))
+    assert counts[2:] == counts[2:3] * 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import ppkernels as pp
 
@@ -78,6 +81,37 @@ def test_data_parallel_training(tmp_path: Path) -> None:
     start = network().state_dict()
     assert not torch.equal(start["0.weight"], alone["0.weight"])
     assert torch.equal(start["0.columns"], alone["0.columns"])
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_sharded_weight_is_trained_and_stays_where_it_is() -> None:
+    model = nn.Sequential(nn.Linear(16, 12), pp.nn.SparseLinear(12, 8, kept=0.3))
+    before = model[1].dense()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(3, 16)).sum().backward()
+    optimizer.step()
+    sparse, none = model[1], torch.empty(0, dtype=torch.int64)
+    values = sparse.weight.full_tensor()
+    assert not torch.equal(sparse.topology.scatter(values), before)
+    other = pp.nn.SparseLinear(12, 8, kept=0.2).state_dict()
+    for change in (
+        lambda: sparse.change_topology(torch.tensor([0]), none),
+        lambda: pp.densify(model),
+        lambda: sparse.load_state_dict(other),
+    ):
+        with pytest.raises(RuntimeError, match="the weight of SparseLinear is a DTensor, whose"):
+            change()
+    assert torch.equal(sparse.weight.full_tensor(), values)
+    with pytest.raises(TypeError, match="its weight is a DTensor"):
+        pp.nn.SparseLinear.from_linear(model[0])
 
 
 if __name__ == "__main__":

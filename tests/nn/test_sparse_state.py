@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -120,6 +120,25 @@ def test_a_checkpoint_is_assigned(kind: tuple, stores: str | None) -> None:
         assert layer.weight.grad.shape == saved.weight.shape
 
 
+@pytest.fixture
+def swaps_parameters() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swaps_parameters")
+def test_parameters_that_are_swapped(kind: tuple) -> None:
+    make, x = kind
+    model = nn.Sequential(make(0.1))
+    for kept in (0.3, 0.2):
+        saved = nn.Sequential(make(kept))
+        model.load_state_dict(saved.state_dict())
+        assert torch.equal(model(x), saved(x))
+    pp.densify(model.to(torch.bfloat16)).to(torch.float32)
+    torch.testing.assert_close(model(x), saved(x), rtol=0.05, atol=0.05)
+
+
 def test_a_checkpoint_without_masks_takes_them_away() -> None:
     layer = masked(linear())
     layer.load_state_dict(linear(0.1).state_dict())
@@ -148,7 +167,6 @@ def exchanged(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict],
         (exchanged("offsets", lambda t: t.tolist()), "offsets must be a int32 tensor, got list"),
         (exchanged("weight", lambda t: t[1:]), "entries, and the weight beside it has shape"),
         (lambda state: {k: v for k, v in state.items() if k != "columns"}, "has offsets, and not"),
-        (lambda state: {k: v for k, v in state.items() if k != "weight"}, "and no weight for it"),
     ],
 )
 @pytest.mark.parametrize("kept", [0.1, 0.3])
@@ -252,6 +270,71 @@ def test_safetensors(tmp_path: object, kind: tuple) -> None:
         safetensors.save_file(saved.state_dict(), tmp_path / "layer.safetensors")
         layer.load_state_dict(safetensors.load_file(tmp_path / "layer.safetensors"))
         assert torch.equal(layer(x), saved(x))
+
+
+class Twice(nn.Module):
+    """A layer under two names, one of which files of ``save_model`` drop."""
+
+    def __init__(self, layer: nn.Module, names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+class Tied(Twice):
+    """Two layers that share their weight."""
+
+    def __init__(self, layer: nn.Module, names: str) -> None:
+        super().__init__(layer, names[:1])
+        options = {"kept": layer.topology} | (
+            {"alpha": layer.alpha, "stores": layer.stores} if hasattr(layer, "alpha") else {}
+        )
+        other = type(layer)(12, 12, **options)
+        other.weight = layer.weight
+        self.add_module(names[1], other)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("shared", [Twice, Tied])
+@pytest.mark.parametrize("stores", FORMS)
+def test_files_that_hold_a_shared_weight_once(
+    tmp_path: object, shared: type, order: str, stores: str | None
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    form = {} if stores is None else {"alpha": ALPHA, "stores": stores}
+    make = pp.nn.SparseLinear if stores is None else pp.nn.PowerSparseLinear
+    file, x = tmp_path / "model.safetensors", torch.randn(3, 12)
+    saved = shared(masked(make(12, 12, kept=0.3, **form)), order)
+    saved.b.mask, saved.b.update_mask = saved.a.mask, saved.a.update_mask
+    safetensors.save_model(saved, file)
+    fresh = shared(make(12, 12, kept=0.1, **form), order)
+    safetensors.load_model(fresh, file)
+    assert torch.equal(fresh(x), saved(x))
+    assert fresh.a.weight is fresh.b.weight
+    for name in "ab":
+        own, theirs = getattr(fresh, name), getattr(saved, name)
+        assert own.topology == theirs.topology
+        assert (own.mask, own.update_mask) == (theirs.mask, theirs.update_mask)
+
+
+@pytest.mark.parametrize("stores", FORMS)
+def test_indices_without_values(stores: str | None) -> None:
+    layer, other = linear(0.3, stores), linear(0.4, stores)
+    before, kept = layer.dense(), layer.topology.mask().unpack()
+    state = other.state_dict()
+    del state["weight"]
+    assert layer.load_state_dict(state, strict=False).missing_keys == ["weight"]
+    assert layer.topology == other.topology
+    both = kept & other.topology.mask().unpack()
+    assert torch.equal(layer.dense()[both], before[both])
+    drawn = layer.dense()[other.topology.mask().unpack() & ~kept].abs()
+    assert drawn.min() > 0
+    assert 0.1 < drawn.max() <= 0.25 * (1 + 1e-6)  # 1/√fan_in
+    with pytest.raises(RuntimeError, match="Missing key"):
+        linear(0.1, stores).load_state_dict(state)
 
 
 def test_an_optimizer_resumes() -> None:

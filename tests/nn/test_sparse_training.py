@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -196,3 +197,45 @@ def test_functional_call_and_per_sample_gradients(
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
     layer(x).square().sum().backward()
     torch.testing.assert_close(each["weight"].sum(0), layer.weight.grad, **CLOSE)
+
+
+# ---- what differs from the dense layer
+
+
+def test_clipping_counts_what_is_kept(sparse_pair: Callable[..., tuple]) -> None:
+    dense, sparse, x = sparse_pair(None)
+    norms = []
+    for layer in (dense, sparse):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        norms.append(nn.utils.clip_grad_norm_(layer.weight, 1.0))
+    assert norms[1] < norms[0]
+    # Frozen entries out of it, the dense one is the same.
+    dense.zero_grad()
+    dense(x).square().sum().backward()
+    kept = pp.apply_mask(dense.weight.grad, dense.update_mask.words)
+    torch.testing.assert_close(kept.norm(), norms[1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
+def test_muon_refuses_a_row_of_values() -> None:
+    with pytest.raises(ValueError, match="2D"):
+        torch.optim.Muon([pp.nn.SparseLinear(8, 4, kept=0.5).weight])
+
+
+def test_adafactor_factors_nothing() -> None:
+    layer = pp.nn.SparseLinear(8, 4, kept=0.5)
+    optimizer = torch.optim.Adafactor(layer.parameters())
+    layer(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+    state = optimizer.state[layer.weight]
+    assert "row_var" not in state
+    assert state["variance"].shape == layer.weight.shape
+
+
+def test_norms_are_of_the_row() -> None:
+    layer = pp.nn.SparseLinear(8, 4, kept=0.5)
+    single = nn.utils.parametrizations.weight_norm(copy.deepcopy(layer))
+    assert single.parametrizations.weight.original0.shape == layer.weight.shape
+    row = nn.utils.parametrizations.spectral_norm(copy.deepcopy(layer))
+    torch.testing.assert_close(row.weight, layer.weight / layer.weight.norm())
