@@ -41,6 +41,17 @@ def group_of(optimizer: Optimizer, weight: Tensor | None) -> dict[str, Any] | No
     return None
 
 
+def check_one_has(
+    op: str, optimizers: Iterable[Optimizer], weights: Iterable[Tensor], whose: str
+) -> None:
+    """At least one of ``optimizers``, if there are any, has one of ``weights``."""
+    own, given = {id(weight) for weight in weights}, list(optimizers)
+    groups = [group["params"] for optimizer in given for group in optimizer.param_groups]
+    if given and not any(id(parameter) in own for params in groups for parameter in params):
+        names = ", ".join(type(optimizer).__name__ for optimizer in given)
+        raise ValueError(f"{op}: optimizer must have {whose}, got {names} without")
+
+
 class StateTensor(NamedTuple):
     """A tensor of a weight's shape in an optimizer's state, and where it stands."""
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ppkernels"
 CSRC = ROOT / "csrc"
 
-SHARED = ("ppkernels._checks", "ppkernels._powered")
+SHARED = ("ppkernels._checks", "ppkernels._powered", "ppkernels._resized")
 FOR_USERS = ("ppkernels._optimizers", "ppkernels._text")
 CHECKED = ("ppkernels._checks", "ppkernels._backend")
 SEVERAL = ("ppkernels._many", "ppkernels._shares")
@@ -50,6 +50,7 @@ IMPORTS = [
     ("_text.py", []),
     ("_optimizers.py", ["torch.*"]),
     ("_powered.py", ["torch.*", "ppkernels.ops", "ppkernels._checks"]),
+    ("_resized.py", ["torch.*", "ppkernels", "ppkernels._powered"]),
     ("autograd.py", ["ppkernels.ops.*"]),
     ("reference.py", ["ppkernels.ops.*"]),
     ("testing.py", ["torch.*", "mpmath", "ppkernels", *TESTING]),

@@ -17,7 +17,7 @@ from ppkernels.nn.choice import Select
 from ppkernels.nn.sharing import others_with, owners_of, readers_of
 from ppkernels.nn.sparse import Sparse
 from ppkernels.nn.sparse_convert import dense_class, sparse_obstacle, to_sparse
-from ppkernels.nn.sparse_kept import pruned_mask
+from ppkernels.nn.sparse_kept import NO_VALUES, pruned_mask, random_topology
 from ppkernels.ops import Topology, topk_mask
 
 
@@ -52,6 +52,8 @@ class Candidate:
 
     def unpruned(self) -> str | None:
         """Why there is nothing to gain, or no telling what is pruned; None for a pruned layer."""
+        if cast(Tensor, self.layer.weight).is_meta:
+            return NO_VALUES
         if self.kept == self.entries:
             return "not pruned"
         if self.kept == 0 and not (is_masked(self.layer) and self.layer.update_mask is not None):
@@ -62,12 +64,17 @@ class Candidate:
     def as_sparse(self, kept: int | None = None) -> Sparse:
         """A sparse layer of this one, which stays as it is.
 
-        Of ``kept`` entries, the largest; by default those that are not 0 or are trained.
+        Of ``kept`` entries, the largest, or any where there are no values; by default those that
+        are not 0 or are trained.
         """
         if kept is None:
             return to_sparse(self.layer)
-        layer = self.layer
-        theta = cast(Tensor, layer.theta if is_masked(layer) else layer.weight).detach()
+        layer, weight = self.layer, cast(Tensor, self.layer.weight)
+        if weight.is_meta:
+            return to_sparse(layer, random_topology(self.shape, kept))
+        theta = (layer.theta if is_masked(layer) else weight).detach()
+        if theta.isnan().any():  # memory that nobody has written to
+            return to_sparse(layer, random_topology(self.shape, kept).to(weight.device))
         return to_sparse(layer, Topology.of_mask(topk_mask(theta, kept)))
 
 

@@ -14,22 +14,20 @@ into ``layer._parameters`` that an optimizer looked through before has already. 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ppkernels import _powered
 from ppkernels._checks import is_captured
+from ppkernels._resized import any_resized, check_state, is_resized
 from ppkernels.nn.frozen import FrozenEntries, StepArguments, freeze
 from ppkernels.ops import BitMask
 
@@ -55,14 +53,6 @@ _NEVER = _Look(None, [], [], [], [])
 _seen: WeakKeyDictionary[Optimizer, _Look] = WeakKeyDictionary()
 # The masks that CUDA graphs read at each replay; when a graph ends, nobody is told.
 _captured: WeakKeyDictionary[Optimizer, list[BitMask]] = WeakKeyDictionary()
-# The shapes that Parameters had before the one that they have.
-_former_shapes: MutableMapping[Tensor, set[torch.Size]] = WeakIdKeyDictionary()
-
-
-def note_resized(weight: nn.Parameter, former: torch.Size) -> None:
-    """``weight`` has another shape now, and optimizers may have a state of the ``former`` one."""
-    _former_shapes.setdefault(weight, set()).add(former)
-    _powered.weights_changed()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -71,14 +61,14 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     A global hook, so it runs before every step of every optimizer: half a microsecond once an
     optimizer has been looked through and has nothing here.
     """
-    has_nothing = not (_powered.any_layers() or _former_shapes)
+    has_nothing = not (_powered.any_layers() or any_resized())
     if has_nothing or getattr(optimizer, "steps_theta", False):
         return None
     look = _seen.get(optimizer, _NEVER)
     if look.generation is not _powered.generation() or _differ(optimizer.param_groups, look.groups):
         look = _seen[optimizer] = _look_through(optimizer)
     for weight in look.resized:
-        _check_state(optimizer, weight)
+        check_state(optimizer, weight)
     for weight in look.theta:
         if _may_move(weight) and not _hands_on(optimizer):
             _refuse(optimizer, weight)
@@ -165,24 +155,8 @@ def _look_through(optimizer: Optimizer) -> _Look:
     frozen = [weight for weight in weights if _powered.freezing_layer(weight) is not None]
     for weight in frozen:
         _powered.check_one_update_mask(f"{type(optimizer).__name__}.step", weight)
-    resized = [weight for weight in weights if weight in _former_shapes]
+    resized = [weight for weight in weights if is_resized(weight)]
     return _Look(generation, groups, theta, frozen, resized)
-
-
-def _check_state(optimizer: Optimizer, weight: Tensor) -> None:
-    """The state of ``weight`` is not that of the entries which it had in a former shape.
-
-    Fused steps would not notice, and read past the end of it.
-    """
-    former = _former_shapes.get(weight, set()) - {weight.shape}
-    for name, value in optimizer.state.get(weight, {}).items():
-        if isinstance(value, Tensor) and value.shape in former:
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step: {name!r} in its state has the shape "
-                f"{tuple(value.shape)} that a weight had before it became {tuple(weight.shape)}; "
-                "name the optimizer when a model changes, as in "
-                "pp.sparsify(..., optimizer=optimizer), or make a new one"
-            )
 
 
 def _refuse(optimizer: Optimizer, weight: Tensor) -> None:

@@ -22,7 +22,13 @@ from ppkernels.nn.sparse_change import (
     exchange_values,
 )
 from ppkernels.nn.sparse_folded import FoldedSparse
-from ppkernels.nn.sparse_kept import bits_at, dense_bits, pruned_mask
+from ppkernels.nn.sparse_kept import (
+    NO_VALUES,
+    bits_at,
+    check_no_obstacle,
+    dense_bits,
+    pruned_mask,
+)
 from ppkernels.ops import BitMask, Topology
 
 SparseT = TypeVar("SparseT", bound="Sparse")
@@ -121,10 +127,15 @@ class Sparse(Masked):
     def _take(self, dense: nn.Module, kept: Topology | None) -> None:
         """Become the sparse layer of ``dense``, whose sizes this one has already."""
         update_mask = dense.update_mask if is_masked(dense) else None
+        weight = cast(nn.Parameter, dense.weight)
+        if kept is None and weight.is_meta:
+            check_no_obstacle(type(self).__name__, dense, NO_VALUES)
         topology = Topology.of_mask(pruned_mask(dense)) if kept is None else kept
         self._topology = topology
-        weight = cast(nn.Parameter, dense.weight)
-        self.weight = nn.Parameter(topology.gather(weight), weight.requires_grad)
+        # Indices have values there too.
+        is_meta = weight.is_meta
+        values = weight.new_empty(topology.count()) if is_meta else topology.gather(weight)
+        self.weight = nn.Parameter(values, weight.requires_grad)
         self.register_parameter("bias", dense._parameters["bias"])
         if is_powered(dense):
             cast(Powered, self).give_alpha(dense.alpha, dense.stores)
@@ -181,8 +192,8 @@ class Sparse(Masked):
         Raises:
             TypeError, ValueError: what `pp.Topology.changed` raises; values of another kind or
                 shape, or NaN or infinite; a value 0, also one that the weight's dtype rounds to 0,
-                for a powered layer with α > 1, where it would stay 0; an optimizer that does not
-                have the weight; a layer with another topology that shares it.
+                for a powered layer with α > 1, where it would stay 0; optimizers of which none has
+                the weight; a layer with another topology that shares it.
             RuntimeError: a weight that torch.nn.utils has parametrized or pruned; a state that has
                 not a number for each entry (LBFGS, Adafactor).
 

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from ppkernels import _powered
 from ppkernels._checks import check_floating, normal_tensors
-from ppkernels._optimizers import StateTensor, group_of, optimizers_of, state_tensors
-from ppkernels.nn.guard import note_resized
+from ppkernels._optimizers import StateTensor, check_one_has, optimizers_of, state_tensors
+from ppkernels._resized import note_resized
 from ppkernels.ops import BitMask, Topology
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def exchange_values(parameter: nn.Parameter, values: Tensor) -> None:
 def _states(op: str, weight: nn.Parameter, optimizer: Optimizers) -> list[StateTensor]:
     """What the optimizers keep of each entry."""
     optimizers = optimizers_of(op, optimizer)
-    for each in optimizers:
-        if group_of(each, weight) is None:
-            raise ValueError(f"{op}: the {type(each).__name__} does not have the layer's weight")
+    check_one_has(op, optimizers, [weight], "the layer's weight")
     return state_tensors(op, optimizers, "the layer", weight)
 
 

@@ -17,6 +17,8 @@ from ppkernels.ops import BitMask, Topology
 
 # What the compiled products take; all else runs by the reference, which is there to be right.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+# Why nobody can tell what is pruned.
+NO_VALUES = "its weight is on the meta device, where tensors have no values"
 # A share of the entries at random, or which.
 Kept = float | Topology | BitMask
 
@@ -37,9 +39,14 @@ def topology_of(op: str, kept: Kept, shape: tuple[int, ...]) -> Topology:
         )
     if check_share(op, "kept", kept) == 0:
         raise ValueError(f"{op}: kept must be a share above 0 and up to 1, got {kept}")
+    return random_topology(shape, entries_of(kept, math.prod(shape), op, "kept"))
+
+
+def random_topology(shape: tuple[int, ...], count: int) -> Topology:
+    """``count`` entries, by torch's generator of the CPU, on the CPU."""
     numel = math.prod(shape)
     # The device is named because a `with torch.device("meta")` would lose the indices.
-    places = torch.randperm(numel, device="cpu")[: entries_of(kept, numel, op, "kept")]
+    places = torch.randperm(numel, device="cpu")[:count]
     bits = torch.zeros(numel, dtype=torch.bool, device="cpu")
     bits[places] = True
     return Topology.of_mask(BitMask.pack(bits.view(shape)))
@@ -90,16 +97,24 @@ def obstacle(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | No
     if type(layer) not in classes or plain_class is not classes[0]:
         names = ", ".join(each.__name__ for each in classes)
         return f"only layers of the classes {names} can be, and no subclasses"
+    if has_own_forward(layer):
+        return "something has put a forward of its own in place of its class's"
     weight = weight_parameter(layer)
     if weight is None:
         return "its weight is no Parameter of its own (torch.nn.utils has normalised or pruned it)"
     if "bias" not in layer._parameters:
         return "its bias is no Parameter of its own (torch.nn.utils has pruned it)"
-    if weight.is_meta:
-        return "its weight is on the meta device, where tensors have no values"
     if weight.dtype not in KERNEL_DTYPES:
         return f"its weight is {weight.dtype}, and the kernels have float32 and bfloat16"
     return None
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether the layer itself has a forward, as wrappers set it, which calls one of its class.
+
+    It would go on to do so when the layer is of another class.
+    """
+    return "forward" in layer.__dict__
 
 
 def check_no_obstacle(op: str, layer: nn.Module, reason: str | None) -> None:

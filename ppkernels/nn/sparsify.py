@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ppkernels._checks import check_model, check_number, normal_tensors
 from ppkernels._extension import cpu_capability
-from ppkernels._optimizers import optimizers_of, state_tensors
+from ppkernels._optimizers import check_one_has, optimizers_of, state_tensors
 from ppkernels._powered import is_sparse
 from ppkernels.nn.calls import Call, Measure, calls_of, timed
 from ppkernels.nn.candidates import Candidate, candidates, selected
@@ -25,7 +25,7 @@ from ppkernels.nn.replay import replayed, without_masks
 from ppkernels.nn.sparse import Sparse
 from ppkernels.nn.sparse_change import sharing
 from ppkernels.nn.sparse_convert import dense_class
-from ppkernels.nn.sparse_kept import KERNEL_DTYPES
+from ppkernels.nn.sparse_kept import KERNEL_DTYPES, has_own_forward
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -64,7 +64,8 @@ def sparsify(
     Left dense, with the reason in the plan: layers of other kinds than nn.Linear and nn.Conv2d,
     powered or with masks or plain; subclasses; what `pp.nn.SparseConv2d` does not have; weights
     that others share, that torch.nn.utils has put something in place of, or that a module such as
-    nn.MultiheadAttention reads itself; layers that ``sample_input`` does not reach.
+    nn.MultiheadAttention reads itself; layers whose ``forward`` a wrapper has replaced; layers that
+    ``sample_input`` does not reach.
 
     Args:
         model: any module; a layer itself is changed.
@@ -80,7 +81,8 @@ def sparsify(
         plan: instead of ``sample_input``: the plan of another copy of the model. Nothing is
             measured, and the same layers become sparse; plain ones get masks where they had some.
             So a new model can load a checkpoint. A layer that is not pruned here keeps as many
-            entries as the plan says, the largest. Layers that were powered have to be so before.
+            entries as the plan says, the largest; at random where its weight is on the meta device
+            or has a NaN. Layers that were powered have to be so before.
         measure: who says how long a layer takes, by default the clock: called with the layer, its
             sparse counterpart, the calls of one forward and ``training``, it gives both in seconds.
 
@@ -91,7 +93,7 @@ def sparsify(
     Raises:
         TypeError: arguments of another kind; not one of ``sample_input`` and ``plan``.
         ValueError: a model without such layers, or that is wrapped; a name that there is not; a
-            plan of another model.
+            plan of another model; optimizers of which none has a weight of the model.
         RuntimeError: an optimizer's state that is not known to follow; ``training`` is to be
             measured in torch.inference_mode.
 
@@ -120,7 +122,7 @@ def sparsify(
             "sparsify: in torch.inference_mode no backward can be measured; leave the mode, or "
             "give training=False"
         )
-    optimizers = optimizers_of("sparsify", optimizer)
+    optimizers = _optimizers_of("sparsify", model, optimizer)
     found = candidates(model)
     if not found:
         raise ValueError(f"sparsify: {type(model).__name__} holds no linear or convolution layer")
@@ -176,16 +178,17 @@ def densify(model: ModelT, *, optimizer: Optimizers | None = None) -> ModelT:
 
     Raises:
         TypeError: no module; an optimizer of another kind.
-        ValueError: a model that is wrapped or compiled; a weight that a layer with another topology
+        ValueError: a model that is wrapped or compiled; optimizers of which none has a weight of
+            the model; a weight that a layer with another topology
             or one outside ``model`` shares.
         RuntimeError: an optimizer's state that is not known to follow; a weight or bias that
-            torch.nn.utils has parametrized or pruned.
+            torch.nn.utils has parametrized or pruned; a layer with a ``forward`` of its own.
 
     Nothing is changed when an error is raised.
     """
     check_model("densify", model)
     _check_bare("densify", model)
-    optimizers = optimizers_of("densify", optimizer)
+    optimizers = _optimizers_of("densify", model, optimizer)
     layers = {name: each for name, each in model.named_modules() if isinstance(each, Sparse)}
     for name, layer in layers.items():
         _check_alone(name, layer, layers.values())
@@ -221,10 +224,22 @@ def _check_bare(op: str, model: nn.Module) -> None:
             )
 
 
+def _optimizers_of(op: str, model: nn.Module, optimizer: Optimizers | None) -> list[Optimizer]:
+    """The optimizers given, which are not all another model's."""
+    optimizers = optimizers_of(op, optimizer)
+    check_one_has(op, optimizers, model.parameters(), f"a weight of the {type(model).__name__}")
+    return optimizers
+
+
 def _check_alone(name: str, layer: Sparse, layers: Iterable[Sparse]) -> None:
     """``layer`` can become dense, and whoever shares its weight does so with it."""
     op = f"densify of {name!r}" if name else "densify"
     weight = layer._check_own_parameters(op)
+    if has_own_forward(layer):
+        raise RuntimeError(
+            f"{op}: something has put a forward of its own in place of {type(layer).__name__}'s, "
+            "which would be called on; take that away first"
+        )
     for other in sharing(op, layer, weight):
         if all(other is not each for each in layers):
             raise ValueError(

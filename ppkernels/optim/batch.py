@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ppkernels import _powered
 from ppkernels._checks import alpha_tensor, check_floating, is_captured
+from ppkernels._resized import check_state, is_resized
 
 # What the fused step takes for "α = 1" and for "no mask".
 _ONE = torch.tensor(1.0, dtype=torch.float64, device="cpu")
@@ -27,6 +29,7 @@ class Batch:
         masks: the words of each update mask, those of no elements for none; an empty list if there
             is no mask at all.
         holds_phi: 1 for a weight that holds φ, else 0.
+        resized: those of the parameters that have had another shape.
         generation: the registry's when this was found out.
         group_alpha: the group's own exponent at that moment.
     """
@@ -35,6 +38,7 @@ class Batch:
     alphas: list[Tensor]
     masks: list[Tensor]
     holds_phi: list[int]
+    resized: list[Tensor]
     generation: object
     group_alpha: float | Tensor | None
 
@@ -46,6 +50,11 @@ class Batch:
             and len(params) == len(self.params)
             and all(map(operator.is_, params, self.params))
         )
+
+    def check_states(self, optimizer: Optimizer) -> None:
+        """What ``optimizer`` keeps of the parameters is of the entries that they have."""
+        for parameter in self.resized:
+            check_state(optimizer, parameter)
 
     def only(self, chosen: list[int]) -> Batch:
         """The batch of some of the parameters, by their places."""
@@ -86,7 +95,8 @@ def batch_of(optimizer: str, params: list[Tensor], group_alpha: float | Tensor |
         holds_phi.append(int(bool(layers) and theta_layer is None))
     if all(words is _NO_WORDS for words in masks):
         masks = []
-    return Batch(params, alphas, masks, holds_phi, generation, group_alpha)
+    resized = [parameter for parameter in params if is_resized(parameter)]
+    return Batch(params, alphas, masks, holds_phi, resized, generation, group_alpha)
 
 
 def check_owners(optimizer: str, parameter: Tensor, group_alpha: float | Tensor | None) -> None:

@@ -242,6 +242,7 @@ class PowerOptimizer(Optimizer):
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             for batch in self._batches_of(group, params):
+                batch.check_states(self)
                 steps.append((group, batch, _grads_of(type(self).__name__, batch.params)))
         for group, batch, grads in steps:
             device = batch.params[0].device

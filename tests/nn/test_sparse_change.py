@@ -171,6 +171,17 @@ def test_master_copies_of_grown_entries_are_their_values(make_optimizer: Callabl
     assert (state["master"] - layer.weight.float()).abs().max() < 0.01
 
 
+def test_one_of_several_optimizers_has_the_weight() -> None:
+    first, second, x = linear(), linear(), torch.randn(5, 16)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=0.01) for each in (first, second)]
+    for _ in range(2):
+        (first(x) + second(x)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        second.change_topology(*choice(second, 3, 9), optimizer=optimizers)
+    assert optimizers[1].state[second.weight]["exp_avg"].shape == second.weight.shape
+
+
 def test_layers_that_share_the_weight_change_along() -> None:
     first, x = linear(), torch.randn(5, 16)
     second = linear(first.topology)
@@ -244,7 +255,11 @@ def test_compiled_models_follow() -> None:
             TypeError,
             "must be a torch.optim.Optimizer or several, got str",
         ),
-        (([], ["free"], None, None), ValueError, "the SGD does not have the layer's weight"),
+        (
+            ([], ["free"], None, None),
+            ValueError,
+            "optimizer must have the layer's weight, got SGD without",
+        ),
     ],
 )
 def test_what_is_refused_changes_nothing(arguments: tuple, error: type, message: str) -> None:

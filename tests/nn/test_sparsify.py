@@ -1,4 +1,5 @@
 """`pp.sparsify` and `pp.densify`: the same network, gradients and training, in place."""
+# Longer than 350 lines: many short tests of one subject, which all change one network.
 
 from __future__ import annotations
 
@@ -226,10 +227,30 @@ def test_an_optimizer_that_was_not_told(pruned: Make, faster: Any, name: str, wa
     train(model, optimizer, 1)
     pp.sparsify(model, images(), measure=faster) if way == "sparse" else pp.densify(model)
     message = r"in its state has the shape .* before it became .*pp\.sparsify\(.*optimizer=opt"
-    if name.startswith("power"):
-        message = "must be a CPU tensor like its weight"
     with pytest.raises(RuntimeError, match=message):
         train(model, optimizer, 1)
+
+
+def test_a_state_of_before_a_checkpoint() -> None:
+    layer, other = (pp.nn.PowerSparseLinear(8, 8, kept=k, alpha=2.0) for k in (0.5, 0.25))
+    optimizer = pp.optim.PowerSGD(layer, 0.1, momentum=0.9)
+    for _ in range(2):
+        layer(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    layer.load_state_dict(other.state_dict())
+    layer(torch.ones(2, 8)).sum().backward()
+    before = layer.weight.detach().clone()
+    message = r"PowerSGD\.step: 'momentum_buffer' in its state has the shape \(32,\) that"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    fresh = pp.optim.PowerSGD(layer, 0.1, momentum=0.9)
+    fresh.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=message):
+        fresh.step()
+    assert torch.equal(layer.weight, before)
+    pp.optim.PowerSGD(layer, 0.1, momentum=0.9).step()
+    assert not torch.equal(layer.weight, before)
 
 
 def test_states_that_do_not_follow(pruned: Make, faster: Any) -> None:
@@ -247,6 +268,19 @@ def test_states_that_do_not_follow(pruned: Make, faster: Any) -> None:
         pp.sparsify(model, images(), optimizer=history, select=["head"], measure=faster)
     with pytest.raises(TypeError, match=r"sparsify: optimizer must be a torch\.optim\.Optimizer"):
         pp.sparsify(model, images(), optimizer=[3])
+
+
+def test_an_optimizer_of_another_model(pruned: Make, faster: Any) -> None:
+    model, other = pruned(), pruned()
+    optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (other, model)]
+    message = "optimizer must have a weight of the ConvNet, got SGD without"
+    with pytest.raises(ValueError, match=f"sparsify: {message}"):
+        pp.sparsify(model, images(), optimizer=optimizers[:1], measure=faster)
+    pp.sparsify(model, images(), optimizer=optimizers, measure=faster)
+    with pytest.raises(ValueError, match=f"densify: {message}"):
+        pp.densify(model, optimizer=optimizers[0])
+    assert isinstance(model.flat, pp.nn.SparseLinear)
+    pp.densify(model, optimizer=optimizers)
 
 
 def test_the_sample_leaves_nothing_behind(pruned: Make) -> None:
@@ -346,6 +380,26 @@ def test_parameters_that_torch_has_replaced(pruned: Make, faster: Any, way: str)
     assert torch.equal(seeded(model, images()), y)
     with pytest.raises(RuntimeError, match=f"to_dense: the {of} of"):
         model.head.to_dense()
+
+
+def test_layers_with_a_forward_of_their_own(pruned: Make, faster: Any) -> None:
+    def wrap(layer: nn.Module) -> None:
+        inner = layer.forward
+        layer.forward = lambda x: inner(x)
+
+    model = pruned()
+    wrap(model.flat)
+    plan = pp.sparsify(model, images(), measure=faster)
+    reason = "something has put a forward of its own in place of its class's"
+    assert {row.name: row.reason for row in plan.layers}["flat"] == reason
+    with pytest.raises(TypeError, match=f"cannot be sparse: {reason}"):
+        pp.nn.SparseLinear.from_linear(model.flat)
+    seeded(model, images())
+    wrap(model.head)
+    with pytest.raises(RuntimeError, match="densify of 'head': something has put a forward of its"):
+        pp.densify(model)
+    assert isinstance(model.first, pp.nn.SparseConv2d)
+    seeded(model, images())
 
 
 def tied(stores: str | None = None) -> nn.Sequential:

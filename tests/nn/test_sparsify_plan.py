@@ -1,4 +1,5 @@
 """What `pp.sparsify` chooses, why, and how a plan is written, read and replayed."""
+# Longer than 350 lines: a third of it is tables of what is refused or left dense.
 
 from __future__ import annotations
 
@@ -246,6 +247,40 @@ def test_a_replay_keeps_the_largest(faster: Any) -> None:
     nn.init.zeros_(zero.weight)
     pp.sparsify(zero, plan=plan)
     assert zero.topology.count() == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["assign", "to_empty", "nan"])
+def test_a_replay_without_values(pruned: Make, faster: Any, kind: str, way: str) -> None:
+    model = pruned(kind).eval()
+    plan = pp.sparsify(model, IMAGES, measure=faster)
+    with torch.device("cpu" if way == "nan" else "meta"):
+        fresh = type(model)().eval()
+        if kind in ("theta", "phi"):
+            pp.powerize(fresh, 1.5, kind)
+        if way == "nan":
+            for parameter in fresh.parameters():
+                nn.init.constant_(parameter, torch.nan)
+        pp.sparsify(fresh, plan=plan)
+    for name in plan.sparse:
+        layer = fresh.get_submodule(name)
+        assert layer.topology.count() == rows_of(plan)[name].kept
+        assert layer.weight.is_meta == (way != "nan")
+    if way == "to_empty":
+        fresh.to_empty(device="cpu")
+    fresh.load_state_dict(model.state_dict(), assign=way == "assign")
+    assert torch.equal(fresh(IMAGES), model(IMAGES))
+    fresh(IMAGES).sum().backward()
+    pp.densify(fresh)
+    kinds = {row.name: row.kind for row in plan.layers}
+    assert all(type(fresh.get_submodule(name)).__name__ == kinds[name] for name in plan.sparse)
+
+
+def test_a_sample_without_values(faster: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, device="meta"))
+    plan = pp.sparsify(model, torch.ones(1, 4, device="meta"), measure=faster)
+    reason = "its weight is on the meta device, where tensors have no values"
+    assert [row.reason for row in plan.layers] == [reason]
 
 
 def test_a_plan_of_another_model(pruned: Make, faster: Any) -> None:
