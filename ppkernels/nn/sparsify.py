@@ -48,9 +48,9 @@ def sparsify(
     stores the entries that are left alone (`pp.nn.SparseLinear`, `SparseConv2d`), and so does the
     optimizer; forward, backward and step cost what is left. Outputs and gradients are those of the
     masked dense layer to rounding; but the dense gradient is not 0 where nothing is kept, so that
-    clipping by norm clips more there (`pp.nn.Sparse`). What is not kept stays 0 from then on, also in a plain layer
-    without masks, whose zeros a step would have moved. An entry that ``mask`` hides and that no
-    step trains is not kept.
+    clipping by norm clips more there (`pp.nn.Sparse`). What is not kept stays 0 from then on, also
+    in a plain layer without masks, whose zeros a step would have moved. An entry that ``mask``
+    hides and that no step trains is not kept.
 
     One forward of the model on ``sample_input`` finds the shapes that its layers are called with.
     Each pruned layer is then timed as it is and sparse, in turns, on random inputs of these shapes
