@@ -170,7 +170,9 @@ def fold(model: ModelT) -> ModelT:
 
     Sparse layers, powered or plain, become layers for inference, a `FoldedSparseLinear` or
     `FoldedSparseConv2d`: the same modules, without Parameters; values and indices are buffers,
-    which torch.compile and torch.export take.
+    which torch.compile and torch.export take. Kept values that are 0, hidden ones too, are dropped;
+    the outputs of such a layer are the same up to the rounding of sums, and it shares its values
+    with no other.
 
     Args:
         model: any module; a powered or masked layer itself is changed and returned.

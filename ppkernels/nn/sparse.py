@@ -158,12 +158,17 @@ class Sparse(Masked):
     def become_plain(self) -> None:
         """Turn into the layer for inference. The weight must hold what `theta` is.
 
-        For those who take layers apart; `pp.fold` is the way for all others.
+        Entries that are 0 are not kept. For those who take layers apart; `pp.fold` is the way for
+        all others.
         """
-        weight, bias = self._parameters.pop("weight"), self._parameters.pop("bias")
-        topology = self.__dict__.pop("_topology")
+        weight = cast(Tensor, self._parameters.pop("weight")).detach()
+        bias, topology = self._parameters.pop("bias"), self.__dict__.pop("_topology")
+        if not weight.is_meta and bool((is_zero := weight == 0).any()):
+            nowhere = torch.empty(0, dtype=torch.int64, device=weight.device)
+            topology, origin = topology.changed(is_zero, nowhere)
+            weight = weight[origin]
         super().become_plain()
-        cast(FoldedSparse, self).hold(topology, cast(Tensor, weight), bias)
+        cast(FoldedSparse, self).hold(topology, weight, bias)
 
     # ---- another topology
 

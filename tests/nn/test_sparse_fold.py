@@ -17,9 +17,9 @@ FORMS = [None, "theta", "phi"]
 def folded(
     sparse_pair: Callable[..., tuple], stores: str | None
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """A folded model of one layer with a mask, an input, and its output before."""
+    """A folded model of one layer, an input, and its output before."""
     _, layer, x = sparse_pair(stores)
-    layer.mask = pp.BitMask.pack(torch.rand(layer.weight.shape) < 0.8)
+    layer.mask = pp.BitMask.ones(layer.weight.shape)
     model = nn.Sequential(layer).eval()
     out = model(x).detach()
     assert pp.fold(model) is model
@@ -128,6 +128,23 @@ def test_a_powered_checkpoint_is_refused() -> None:
     powered = pp.nn.PowerSparseLinear(16, 12, kept=0.3, alpha=2.0, stores="phi")
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"alpha", "stores_phi"'):
         layer.load_state_dict(powered.state_dict())
+
+
+@pytest.mark.parametrize("stores", FORMS)
+def test_zeros_are_not_kept(sparse_pair: Callable[..., tuple], stores: str | None) -> None:
+    _, layer, x = sparse_pair(stores)
+    is_seen = torch.rand(layer.weight.shape) < 0.5
+    with torch.no_grad():
+        layer.weight[:2] = 0
+        layer.weight[2] = float("nan")
+    is_seen[:3] = True
+    layer.mask = pp.BitMask.pack(is_seen)
+    is_seen[:2] = False
+    theta, out = layer.dense(), layer(x)
+    plain = pp.fold(layer)
+    assert plain.topology.count() == plain.weight.numel() == is_seen.sum()
+    assert torch.equal(plain.dense().nan_to_num(7), theta.nan_to_num(7))
+    torch.testing.assert_close(plain(x), out, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_tied_layers_fold() -> None:
