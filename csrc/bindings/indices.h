@@ -32,6 +32,8 @@ class Topology {
     check_list(op, "columns", columns, index_type(in_features));
     require(offsets.numel() > 0, op, ": offsets must have N + 1 numbers, got none");
     rows = offsets.numel() - 1;
+    require(in_features >= 0 && in_features <= int64_t(1) << 31, op,
+            ": in_features must be in 0 ... 2^31, got ", in_features);
     indices = {offsets.const_data_ptr<int32_t>(), columns.const_data_ptr(),
                columns.scalar_type() == ScalarType::Int};
   }

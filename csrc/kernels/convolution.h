@@ -59,7 +59,8 @@ bool convolution_grad_input(const SparseConvKernels& kernels, const Convolution&
                             MutableMemory grad_input, const ParallelFor& parallel_for);
 
 // ∂L/∂values. Where an input or a gradient is not finite, so may be the sums of other entries of
-// its channel: numbers behind the end of an image row are multiplied by 0.
+// its channel, and where images are read in place of channels in front of it: numbers behind the
+// end of an image row, and of an image, are multiplied by 0.
 bool convolution_grad_values(const SparseConvKernels& kernels, const Convolution& sizes,
                              TypedMemory grad_output, TypedMemory input,
                              const SparseIndices& indices, MutableMemory grad_values,

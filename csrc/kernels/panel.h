@@ -34,15 +34,6 @@ struct Strided {
   }
 };
 
-// The operand of column k begins at start + table[k].
-template <class Index>
-struct Tabled {
-  const float* start;
-  const Index* columns;
-  const int32_t* table;
-  PPKERNELS_INLINE const float* operator[](int64_t e) const { return start + table[columns[e]]; }
-};
-
 // ---- where the value of an entry stands; T is float or bf16
 
 template <class T>
@@ -126,26 +117,6 @@ PPKERNELS_INLINE void sample(const f32v (&g)[V], const Operand operand, float* o
     return sum;
   };
   sample_by<kAdd>(dot, out, begin, end);
-}
-
-// The same for operands of any length, `vectors` of them >= 1, with g in memory: four entries go
-// along g together, and their lanes are added up once, at its end.
-template <bool kAdd, class Operand>
-PPKERNELS_INLINE void sample_along(const float* g, int64_t vectors, const Operand operand,
-                                   float* out, int64_t begin, int64_t end) {
-  for (int64_t e = begin; e < end; e += 4) {
-    const int64_t last = end - 1;
-    const float* x[4];
-    for (int k = 0; k < 4; ++k) x[k] = operand[e + k < last ? e + k : last];
-    f32v sum[4] = {};
-    for (int64_t v = 0; v < vectors; ++v) {
-      const f32v here = load(g + v * kLanes);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) sum[k] = fma(here, load(x[k] + v * kLanes), sum[k]);
-    }
-    const f32x4 four = sums_of(sum[0], sum[1], sum[2], sum[3]);
-    for (int k = 0; k < 4 && e + k < end; ++k) out[e + k] = kAdd ? out[e + k] + four[k] : four[k];
-  }
 }
 
 }  // namespace ppkernels::PPKERNELS_ISA

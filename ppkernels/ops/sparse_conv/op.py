@@ -95,9 +95,9 @@ def sparse_conv2d(
     Returns:
         y, [B, N, Y', X'] or [N, Y', X'], contiguous, of ``input``'s dtype.
 
-    Exactness: products are added up in float32 at least; a result has the same bits on any number
-    of threads. An entry that is not kept takes no part, as in `pp.spmm`: where there are kernels,
-    NaN or an infinity in x comes into those outputs alone that an entry connects with it.
+    Exactness: products are added up in float32 at least. Where there are kernels (float32 and
+    bfloat16 on the CPU) a result has the same bits on any number of threads, and NaN or an infinity
+    in x comes into those outputs alone that an entry connects with it.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, sizes or devices that do not go together.
@@ -167,7 +167,7 @@ def sparse_conv2d_grad_values(
 
     Returns:
         ∂L/∂values, [E], of ``dtype``. With NaN or an infinity in a channel of x or of ∂L/∂y, the
-        gradients of all entries between that channel and another may be NaN.
+        gradients of all entries of that channel and of those in front of it may be NaN.
 
     Raises:
         TypeError, ValueError: as `sparse_conv2d`.
@@ -321,7 +321,8 @@ class SparseConv2d(torch.autograd.Function):
     """y = x ∗ θ + b for a sparse θ, and its gradients. `pp.sparse_conv2d` is the checked way in.
 
     ``SparseConv2d.of(input, values, topology, bias, geometry)``. Differentiable twice (through a
-    dense θ); works in torch.compile(fullgraph=True) and under torch.func's transforms.
+    dense θ); works in torch.compile(fullgraph=True) and under torch.func's transforms;
+    forward-mode differentiation outside torch.func is refused with PyTorch's error.
     """
 
     @staticmethod
@@ -353,13 +354,13 @@ class SparseConv2d(torch.autograd.Function):
         for_input, for_values, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             input if for_values else None,
-            values if for_input or for_values else None,
+            values if for_input else None,
             offsets,
             columns,
             *transposed,
         )
         ctx.geometry, ctx.size = geometry, tuple(input.shape[2:])
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtype, ctx.bias_dtype = values.dtype, None if bias is None else bias.dtype
         args = (input, values, offsets, columns, bias, *geometry)
         return _run("sparse_conv2d", uses_reference(input, values), *args)
 
@@ -369,12 +370,14 @@ class SparseConv2d(torch.autograd.Function):
         for_input, for_values, for_bias, *_ = ctx.needs_input_grad
         grad_input = grad_values = grad_bias = None
         if for_input or for_values:
-            plain = is_differentiated() or uses_reference(grad_output, values)
+            # For its dtype; the values themselves may have moved on.
+            like = grad_output.new_empty(0, dtype=ctx.dtype) if values is None else values
+            plain = is_differentiated() or uses_reference(grad_output, like)
         if for_input:
             args = (grad_output, values, *transposed, ctx.size)
             grad_input = _run("sparse_conv2d_grad_input", plain, *args, *ctx.geometry)
         if for_values:
-            args = (grad_output, input, values, offsets, columns)
+            args = (grad_output, input, like, offsets, columns)
             grad_values = _run("sparse_conv2d_grad_values", plain, *args, *ctx.geometry)
         if for_bias:
             grad_bias = sum_for_bias(grad_output, (0, 2, 3), ctx.bias_dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ppkernels._checks import check_floating
 from ppkernels.ops._layout import as_rows
@@ -45,10 +46,11 @@ def spmm(input: Tensor, values: Tensor, topology: Topology, bias: Tensor | None 
     Returns:
         y, [..., N], contiguous, of ``input``'s dtype.
 
-    Exactness: products are added up in float32 at least; a result has the same bits on any number
-    of threads. An entry that is not kept takes no part: NaN or an infinity in x comes into those
-    outputs alone whose row has an entry there. That is so wherever there are kernels; the
-    reference multiplies by a dense θ, whose zeros spread it to all outputs.
+    Exactness: products are added up in float32 at least. Where there are kernels (float32 and
+    bfloat16 on the CPU) a result has the same bits on any number of threads, and a row of x has the
+    same in any batch of two or more; alone it is added up in another order. There an entry that is
+    not kept takes no part: NaN or an infinity in x comes into those outputs alone whose row has an
+    entry there. The reference multiplies by a dense θ, whose zeros spread it to all outputs.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not go together.
@@ -178,7 +180,8 @@ class Spmm(torch.autograd.Function):
     """y = x·θᵀ + b for a sparse θ, and its gradients. `pp.spmm` is the checked way in.
 
     ``Spmm.of(input, values, topology, bias)``. Differentiable twice (through a dense θ); works in
-    torch.compile(fullgraph=True) and under torch.func's transforms.
+    torch.compile(fullgraph=True) and under torch.func's transforms; forward-mode differentiation
+    outside torch.func is refused with PyTorch's error.
     """
 
     @staticmethod
@@ -188,7 +191,9 @@ class Spmm(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return _run("spmm", True, input, values, offsets, columns, bias)
         trained = (input, values) if bias is None else (input, values, bias)
-        if not (torch.is_grad_enabled() and any(each.requires_grad for each in trained)):
+        needs_grad = torch.is_grad_enabled() and any(each.requires_grad for each in trained)
+        # Forward-mode tangents want the Function too, which says that it has no rule for them.
+        if not needs_grad and forward_ad._current_level < 0:
             plain = uses_reference(input, values)
             return _run("spmm", plain, input, values, offsets, columns, bias)
         transposed = topology.transposed() if input.requires_grad else (None, None, None)
@@ -208,11 +213,12 @@ class Spmm(torch.autograd.Function):
         for_input, for_values, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             input if for_values else None,
-            values if for_input or for_values else None,
+            values if for_input else None,
             offsets,
             columns,
             *transposed,
         )
+        ctx.dtype = values.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _run("spmm", uses_reference(input, values), input, values, offsets, columns, bias)
 
@@ -222,12 +228,14 @@ class Spmm(torch.autograd.Function):
         for_input, for_values, for_bias, *_ = ctx.needs_input_grad
         grad_input = grad_values = grad_bias = None
         if for_input or for_values:
-            plain = is_differentiated() or uses_reference(grad_output, values)
+            # For its dtype; the values themselves may have moved on.
+            like = grad_output.new_empty(0, dtype=ctx.dtype) if values is None else values
+            plain = is_differentiated() or uses_reference(grad_output, like)
         if for_input:
             grad_input = _run("spmm_grad_input", plain, grad_output, values, *transposed)
         if for_values:
             indices = (offsets, columns)
-            grad_values = _run("spmm_grad_values", plain, grad_output, input, values, *indices)
+            grad_values = _run("spmm_grad_values", plain, grad_output, input, like, *indices)
         if for_bias:
             grad_bias = sum_for_bias(as_rows(grad_output), (0,), ctx.bias_dtype)
         return grad_input, grad_values, grad_bias, None, None, None, None, None
