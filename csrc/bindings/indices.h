@@ -35,14 +35,14 @@ class Topology {
     require(in_features >= 0 && in_features <= int64_t(1) << 31, op,
             ": in_features must be in 0 ... 2^31, got ", in_features);
     indices = {offsets.const_data_ptr<int32_t>(), columns.const_data_ptr(),
-               columns.scalar_type() == ScalarType::Int};
+               columns.scalar_type() == ScalarType::Int, count};
   }
 
   // Whether the offsets go from the first to the last entry.
   bool spans() const { return indices.offsets[0] == 0 && indices.offsets[rows] == count; }
 
   int64_t in_features, count, rows;
-  TopologyIndices indices;
+  SparseIndices indices;
 };
 
 // The same for ops that read memory by what the offsets say.

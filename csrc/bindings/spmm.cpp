@@ -45,12 +45,13 @@ struct Weight {
     require(offsets_.numel() >= 1, op, ": offsets must have an element for each row and one more");
     rows = offsets_.numel() - 1;
     count = columns_.numel();
-    entries.offsets = static_cast<const int32_t*>(offsets_.const_data_ptr());
-    entries.columns = columns_.const_data_ptr();
-    entries.wide = columns_.scalar_type() == ScalarType::Int;
-    require(entries.offsets[0] == 0 && entries.offsets[rows] == count, op,
+    entries.indices.offsets = static_cast<const int32_t*>(offsets_.const_data_ptr());
+    entries.indices.columns = columns_.const_data_ptr();
+    entries.indices.wide = columns_.scalar_type() == ScalarType::Int;
+    entries.indices.count = count;
+    require(entries.indices.offsets[0] == 0 && entries.indices.offsets[rows] == count, op,
             ": offsets must begin with 0 and end with the number of entries, ", count, ", got ",
-            entries.offsets[0], " and ", entries.offsets[rows]);
+            entries.indices.offsets[0], " and ", entries.indices.offsets[rows]);
   }
 
   void set_values(const char* op, const Tensor& t) {
@@ -122,7 +123,7 @@ int64_t row_of_part(const Weight& w, int64_t part, int64_t parts) {
   int64_t low = 0, high = w.rows;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (w.entries.offsets[middle] + middle * kRowCost < wanted) {
+    if (w.entries.indices.offsets[middle] + middle * kRowCost < wanted) {
       low = middle + 1;
     } else {
       high = middle;

@@ -262,7 +262,7 @@ Tensor topology_fault(const Tensor& offsets, const Tensor& columns, int64_t in_f
   const Cuts cut = even_cuts(topology.rows, parts_of(topology.rows + topology.count));
   std::vector<TopologyFault> found(cut.size(), TopologyFault::kNone);
   for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
-    found[size_t(p)] = kernel(topology.indices, in_features, topology.count, begin, end);
+    found[size_t(p)] = kernel(topology.indices, in_features, begin, end);
   });
   for (TopologyFault each : found) {
     const bool is_first =

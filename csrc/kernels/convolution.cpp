@@ -86,7 +86,7 @@ std::vector<int32_t> table_of(const ConvLayout& layout, const ConvAxis& y, const
 
 template <class Body>
 void with_columns(const SparseIndices& indices, const Body& body) {
-  if (indices.is_wide) return body((const int32_t*)indices.columns);
+  if (indices.wide) return body((const int32_t*)indices.columns);
   body((const uint16_t*)indices.columns);
 }
 

@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "kernels/indices.h"
 #include "kernels/parallel.h"
 #include "kernels/sparse_conv.h"
 
@@ -20,16 +21,6 @@ struct Convolution {
   int64_t input[2], output[2], kernel[2], stride[2], padding[2], dilation[2];
 
   int64_t taps() const { return kernel[0] * kernel[1]; }
-};
-
-// The indices of E entries; `columns` are uint16 or int32. What they mean:
-// ppkernels/ops/_entries.py for the rows of the weight; and for `convolution_grad_input` the
-// reference of op `topology`.
-struct SparseIndices {
-  const int32_t* offsets;
-  const void* columns;
-  bool is_wide;  // int32
-  int64_t count;
 };
 
 struct TypedMemory {

@@ -142,7 +142,8 @@ inline void with_types(const SpmmEntries& w, const Body& body) {
       w.order ? body(columns, Ordered<bf16>{values, w.order}) : body(columns, Direct<bf16>{values});
     }
   };
-  w.wide ? with_columns((const int32_t*)w.columns) : with_columns((const uint16_t*)w.columns);
+  w.indices.wide ? with_columns((const int32_t*)w.indices.columns)
+                 : with_columns((const uint16_t*)w.indices.columns);
 }
 
 // Calls `body` with the vectors that a panel is wide, as a constant.
@@ -168,7 +169,7 @@ void multiply_entry(const SpmmEntries& w, const float* panel, int64_t width, con
                     const SpmmOutput& out, int64_t begin, int64_t end) {
   with_types(w, [&](auto* columns, auto value) {
     with_vectors(width, [&](auto vectors) {
-      multiply_rows<vectors.count>(w.offsets, columns, value, panel, bias, out, begin, end);
+      multiply_rows<vectors.count>(w.indices.offsets, columns, value, panel, bias, out, begin, end);
     });
   });
 }
@@ -195,8 +196,8 @@ void sample_rows(const SpmmEntries& w, const Index* columns, const float* panel,
   for (int64_t n = begin; n < end; n += kTileRows) {
     const int64_t stop = least(n + kTileRows, end);
     pack_entry(g, first, count, n, stop, kWidth, tile);
-    add ? sample_tile<true, V>(w.offsets, columns, panel, tile, sums, n, stop)
-        : sample_tile<false, V>(w.offsets, columns, panel, tile, sums, n, stop);
+    add ? sample_tile<true, V>(w.indices.offsets, columns, panel, tile, sums, n, stop)
+        : sample_tile<false, V>(w.indices.offsets, columns, panel, tile, sums, n, stop);
   }
 }
 
@@ -204,10 +205,10 @@ void sample_entry(const SpmmEntries& w, const float* panel, int64_t width, const
                   int64_t first, int64_t count, float* sums, bool add, int64_t begin, int64_t end) {
   with_vectors(width, [&](auto vectors) {
     constexpr int V = vectors.count;
-    w.wide ? sample_rows<V>(w, (const int32_t*)w.columns, panel, g, first, count, sums, add, begin,
-                            end)
-           : sample_rows<V>(w, (const uint16_t*)w.columns, panel, g, first, count, sums, add, begin,
-                            end);
+    w.indices.wide ? sample_rows<V>(w, (const int32_t*)w.indices.columns, panel, g, first, count,
+                                    sums, add, begin, end)
+                   : sample_rows<V>(w, (const uint16_t*)w.indices.columns, panel, g, first, count,
+                                    sums, add, begin, end);
   });
 }
 
@@ -282,9 +283,10 @@ PPKERNELS_LOOP void multiply_row_by_row(const int32_t* offsets, const Index* col
 void multiply_one_entry(const SpmmEntries& w, const float* x, const float* bias,
                         const SpmmOutput& out, int64_t begin, int64_t end) {
   with_types(w, [&](auto* columns, auto value) {
-    out.type == Type::kFloat32
-        ? multiply_row_by_row(w.offsets, columns, value, x, bias, (float*)out.data, begin, end)
-        : multiply_row_by_row(w.offsets, columns, value, x, bias, (bf16*)out.data, begin, end);
+    out.type == Type::kFloat32 ? multiply_row_by_row(w.indices.offsets, columns, value, x, bias,
+                                                     (float*)out.data, begin, end)
+                               : multiply_row_by_row(w.indices.offsets, columns, value, x, bias,
+                                                     (bf16*)out.data, begin, end);
   });
 }
 
@@ -307,8 +309,10 @@ PPKERNELS_LOOP void sample_row_by_row(const int32_t* offsets, const Index* colum
 
 void sample_one_entry(const SpmmEntries& w, const float* x, const SpmmMatrix& g, float* sums,
                       int64_t begin, int64_t end) {
-  w.wide ? sample_row_by_row(w.offsets, (const int32_t*)w.columns, x, g, sums, begin, end)
-         : sample_row_by_row(w.offsets, (const uint16_t*)w.columns, x, g, sums, begin, end);
+  w.indices.wide ? sample_row_by_row(w.indices.offsets, (const int32_t*)w.indices.columns, x, g,
+                                     sums, begin, end)
+                 : sample_row_by_row(w.indices.offsets, (const uint16_t*)w.indices.columns, x, g,
+                                     sums, begin, end);
 }
 
 // ---- values

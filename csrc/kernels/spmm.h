@@ -14,6 +14,7 @@
 
 #include <stdint.h>
 
+#include "kernels/indices.h"
 #include "kernels/isa.h"
 
 namespace ppkernels {
@@ -26,12 +27,10 @@ struct SpmmMatrix {
   int64_t row_stride, column_stride;
 };
 
-// The rows of a weight in compressed form. Row n has the entries offsets[n] ... offsets[n + 1] − 1;
-// entry e stands in column columns[e] and has values[e], or values[order[e]] if there is an order.
+// A weight: where its entries stand, and what they are. Entry e has values[e], or values[order[e]]
+// if there is an order.
 struct SpmmEntries {
-  const int32_t* offsets;
-  const void* columns;  // uint16_t, or int32_t if `wide`
-  bool wide;
+  SparseIndices indices;
   Type type;  // of the values: float32 or bfloat16
   const void* values;
   const int32_t* order;  // or null

@@ -71,9 +71,9 @@ void bits_as(const int32_t* offsets, const C* columns, int64_t in_features, int6
   }
 }
 
-void bits_of_entry(const TopologyIndices& indices, int64_t in_features, int64_t begin, int64_t end,
+void bits_of_entry(const SparseIndices& indices, int64_t in_features, int64_t begin, int64_t end,
                    uint8_t* words) {
-  const auto [offsets, columns, wide] = indices;
+  const auto [offsets, columns, wide, count] = indices;
   wide ? bits_as(offsets, (const int32_t*)columns, in_features, begin, end, words)
        : bits_as(offsets, (const uint16_t*)columns, in_features, begin, end, words);
 }
@@ -85,9 +85,9 @@ void count_as(const C* columns, int64_t begin, int64_t end, int32_t* counts) {
   for (int64_t e = begin; e < end; ++e) ++counts[columns[e]];
 }
 
-void count_columns_entry(const TopologyIndices& indices, int64_t begin, int64_t end,
+void count_columns_entry(const SparseIndices& indices, int64_t begin, int64_t end,
                          int32_t* counts) {
-  const auto [offsets, columns, wide] = indices;
+  const auto [offsets, columns, wide, count] = indices;
   wide ? count_as((const int32_t*)columns, offsets[begin], offsets[end], counts)
        : count_as((const uint16_t*)columns, offsets[begin], offsets[end], counts);
 }
@@ -143,7 +143,7 @@ void transpose_to(const int32_t* offsets, const C* columns, int64_t in_features,
 }
 
 template <class C, class R>
-void transpose_as(const TopologyIndices& indices, int64_t in_features, int64_t taps, int64_t begin,
+void transpose_as(const SparseIndices& indices, int64_t in_features, int64_t taps, int64_t begin,
                   int64_t end, int32_t* next, void* rows, int32_t* order) {
   taps == 1 ? transpose_to<false>(indices.offsets, (const C*)indices.columns, in_features, taps,
                                   begin, end, next, (R*)rows, order)
@@ -151,9 +151,8 @@ void transpose_as(const TopologyIndices& indices, int64_t in_features, int64_t t
                                  begin, end, next, (R*)rows, order);
 }
 
-void transpose_entry(const TopologyIndices& indices, int64_t in_features, int64_t taps,
-                     int64_t begin, int64_t end, int32_t* next, void* rows, bool wide_rows,
-                     int32_t* order) {
+void transpose_entry(const SparseIndices& indices, int64_t in_features, int64_t taps, int64_t begin,
+                     int64_t end, int32_t* next, void* rows, bool wide_rows, int32_t* order) {
   auto* const transpose =
       indices.wide
           ? (wide_rows ? transpose_as<int32_t, int32_t> : transpose_as<int32_t, uint16_t>)
@@ -164,7 +163,7 @@ void transpose_entry(const TopologyIndices& indices, int64_t in_features, int64_
 // ---- from and to a weight
 
 template <class U, class C>
-void gather_as(const TopologyIndices& indices, const char* weight, const WeightLayout& layout,
+void gather_as(const SparseIndices& indices, const char* weight, const WeightLayout& layout,
                int64_t begin, int64_t end, void* values) {
   const auto* columns = (const C*)indices.columns;
   const auto [element_bytes, row_bytes, column_bytes, table] = layout;
@@ -184,7 +183,7 @@ void gather_as(const TopologyIndices& indices, const char* weight, const WeightL
 }
 
 template <class U, class C>
-void scatter_as(const TopologyIndices& indices, int64_t in_features, const void* values,
+void scatter_as(const SparseIndices& indices, int64_t in_features, const void* values,
                 int64_t begin, int64_t end, void* weight) {
   const auto* columns = (const C*)indices.columns;
   const auto* from = (const U*)values;
@@ -198,7 +197,7 @@ void scatter_as(const TopologyIndices& indices, int64_t in_features, const void*
 }
 
 template <class U>
-void gather_elements(const TopologyIndices& indices, const void* weight, const WeightLayout& layout,
+void gather_elements(const SparseIndices& indices, const void* weight, const WeightLayout& layout,
                      int64_t begin, int64_t end, void* values) {
   const auto* start = (const char*)weight;
   indices.wide ? gather_as<U, int32_t>(indices, start, layout, begin, end, values)
@@ -206,13 +205,13 @@ void gather_elements(const TopologyIndices& indices, const void* weight, const W
 }
 
 template <class U>
-void scatter_elements(const TopologyIndices& indices, int64_t in_features, const void* values,
+void scatter_elements(const SparseIndices& indices, int64_t in_features, const void* values,
                       int64_t begin, int64_t end, void* weight) {
   indices.wide ? scatter_as<U, int32_t>(indices, in_features, values, begin, end, weight)
                : scatter_as<U, uint16_t>(indices, in_features, values, begin, end, weight);
 }
 
-void gather_entry(const TopologyIndices& indices, const void* weight, const WeightLayout& layout,
+void gather_entry(const SparseIndices& indices, const void* weight, const WeightLayout& layout,
                   int64_t begin, int64_t end, void* values) {
   switch (layout.element_bytes) {
     case 1:
@@ -226,7 +225,7 @@ void gather_entry(const TopologyIndices& indices, const void* weight, const Weig
   }
 }
 
-void scatter_entry(const TopologyIndices& indices, int64_t in_features, const void* values,
+void scatter_entry(const SparseIndices& indices, int64_t in_features, const void* values,
                    int64_t element_bytes, int64_t begin, int64_t end, void* weight) {
   switch (element_bytes) {
     case 1:
@@ -243,7 +242,7 @@ void scatter_entry(const TopologyIndices& indices, int64_t in_features, const vo
 // ---- entries dropped and grown
 
 template <class C>
-int64_t change_as(const TopologyIndices& indices, int64_t in_features, int64_t begin, int64_t end,
+int64_t change_as(const SparseIndices& indices, int64_t in_features, int64_t begin, int64_t end,
                   const int64_t* drop, int64_t drops, const int64_t* grow, int64_t grows,
                   int64_t at, int32_t* new_offsets, C* new_columns, int64_t* origin) {
   const auto* columns = (const C*)indices.columns;
@@ -273,10 +272,9 @@ int64_t change_as(const TopologyIndices& indices, int64_t in_features, int64_t b
   return refused;
 }
 
-int64_t change_entry(const TopologyIndices& indices, int64_t in_features, int64_t begin,
-                     int64_t end, const int64_t* drop, int64_t drops, const int64_t* grow,
-                     int64_t grows, int64_t at, int32_t* new_offsets, void* new_columns,
-                     int64_t* origin) {
+int64_t change_entry(const SparseIndices& indices, int64_t in_features, int64_t begin, int64_t end,
+                     const int64_t* drop, int64_t drops, const int64_t* grow, int64_t grows,
+                     int64_t at, int32_t* new_offsets, void* new_columns, int64_t* origin) {
   return indices.wide ? change_as(indices, in_features, begin, end, drop, drops, grow, grows, at,
                                   new_offsets, (int32_t*)new_columns, origin)
                       : change_as(indices, in_features, begin, end, drop, drops, grow, grows, at,
@@ -303,9 +301,9 @@ TopologyFault fault_as(const int32_t* offsets, const C* columns, int64_t in_feat
                       : TopologyFault::kNone;
 }
 
-TopologyFault fault_entry(const TopologyIndices& indices, int64_t in_features, int64_t count,
-                          int64_t begin, int64_t end) {
-  const auto [offsets, columns, wide] = indices;
+TopologyFault fault_entry(const SparseIndices& indices, int64_t in_features, int64_t begin,
+                          int64_t end) {
+  const auto [offsets, columns, wide, count] = indices;
   return wide ? fault_as(offsets, (const int32_t*)columns, in_features, count, begin, end)
               : fault_as(offsets, (const uint16_t*)columns, in_features, count, begin, end);
 }

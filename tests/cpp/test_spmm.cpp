@@ -72,9 +72,8 @@ struct Weight {
   }
 
   SpmmEntries entries() const {
-    return {offsets.data(),
-            wide ? (const void*)columns.data() : (const void*)narrow.data(),
-            wide,
+    const void* stand = wide ? (const void*)columns.data() : (const void*)narrow.data();
+    return {{offsets.data(), stand, wide, int64_t(columns.size())},
             values.type,
             values.bytes.data(),
             order.empty() ? nullptr : order.data()};

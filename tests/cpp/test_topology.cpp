@@ -45,9 +45,9 @@ struct Made {
   int64_t count() const { return int64_t(wide.size()); }
   bool is_narrow() const { return c.in_features <= 65536; }
 
-  ppkernels::TopologyIndices indices(bool use_wide) const {
+  ppkernels::SparseIndices indices(bool use_wide) const {
     const void* columns = use_wide ? (const void*)wide.data() : (const void*)narrow.data();
-    return {offsets.data(), columns, use_wide};
+    return {offsets.data(), columns, use_wide, count()};
   }
 
   Case c;
@@ -106,7 +106,7 @@ void check_transposed(const Made& made, bool use_wide) {
   const auto [rows, in_features, taps, kept] = made.c;
   const size_t columns = size_t(in_features);
   std::vector<int32_t> counts(2 * columns, 0);
-  const ppkernels::TopologyIndices indices = made.indices(use_wide);
+  const ppkernels::SparseIndices indices = made.indices(use_wide);
   const int64_t middle = rows / 3;
   kernels->count_columns(indices, 0, middle, counts.data());
   kernels->count_columns(indices, middle, rows, counts.data() + columns);
@@ -155,7 +155,7 @@ void test_transpose(const Made& made) {
 template <class U>
 void check_weight(const Made& made, bool use_wide) {
   const auto [rows, in_features, taps, kept] = made.c;
-  const ppkernels::TopologyIndices indices = made.indices(use_wide);
+  const ppkernels::SparseIndices indices = made.indices(use_wide);
   const int64_t bytes = int64_t(sizeof(U));
   Random random;
   std::vector<U> weight(made.mask.size()), transposed(made.mask.size()), expected, scattered;
@@ -276,16 +276,15 @@ void test_faults() {
   for (const Row& row : table) {
     std::vector<uint16_t> narrow(row.columns.begin(), row.columns.end());
     const TopologyFault wide =
-        kernels->fault({row.offsets.data(), row.columns.data(), true}, 5, 3, 0, 2);
+        kernels->fault({row.offsets.data(), row.columns.data(), true, 3}, 5, 0, 2);
     CHECK(wide == row.fault, "found %d", int(wide));
     const TopologyFault found =
-        kernels->fault({row.offsets.data(), narrow.data(), false}, 5, 3, 0, 2);
+        kernels->fault({row.offsets.data(), narrow.data(), false, 3}, 5, 0, 2);
     CHECK(found == row.fault, "found %d", int(found));
   }
   for (const Case& c : kCases) {
     const Made made(c);
-    const TopologyFault found =
-        kernels->fault(made.indices(true), c.in_features, made.count(), 0, c.rows);
+    const TopologyFault found = kernels->fault(made.indices(true), c.in_features, 0, c.rows);
     CHECK(found == TopologyFault::kNone, "%d x %d: %d", int(c.rows), int(c.in_features),
           int(found));
   }
