@@ -22,7 +22,8 @@ SEVERAL = ("ppkernels._many", "ppkernels._shares")
 BITS = "ppkernels.ops._bits"
 LAYOUT = "ppkernels.ops._layout"
 ENTRIES = "ppkernels.ops._entries"
-SPARSE = (ENTRIES, "ppkernels.ops._operands", "ppkernels.ops.topology")
+LIBRARY = "ppkernels.ops._library"
+SPARSE = (ENTRIES, LIBRARY, "ppkernels.ops._operands", "ppkernels.ops.topology")
 SHARED_BY_KERNELS = (
     LAYOUT,
     "ppkernels.ops._device",
@@ -64,6 +65,7 @@ IMPORTS = [
     ("ops/_device.py", ["torch.*"]),
     ("ops/_entries.py", ["torch.*"]),
     ("ops/_layout.py", ["torch.*"]),
+    ("ops/_library.py", ["torch.*"]),
     ("ops/_operands.py", ["torch.*", *CHECKED]),
     ("ops/_point.py", ["triton.*"]),
     ("ops/_table.py", ["triton.*"]),
@@ -87,7 +89,7 @@ IMPORTS = [
     ("ops/select/kernels.py", ["triton.*", "{room}.*", *SHARED_BY_KERNELS]),
     # The weight of both is a `Topology` and its values.
     ("ops/topology/reference.py", ["torch.*", BITS, ENTRIES]),
-    ("ops/topology/op.py", ["torch.*", "{room}.*", *CHECKED, ENTRIES]),
+    ("ops/topology/op.py", ["torch.*", "{room}.*", *CHECKED, ENTRIES, LIBRARY]),
     (
         "ops/topology/checks.py",
         ["torch.*", "{room}.*", *CHECKED, ENTRIES, "ppkernels.ops.bitmask"],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppkernels._checks import check_floating, check_whole
+from ppkernels.ops._library import define, run
 from ppkernels.ops._operands import (
     as_autocast_has_it,
     as_kernel,
@@ -145,7 +146,7 @@ def sparse_conv2d_grad_input(
     size = _pair(op, "input_size", input_size, 1)
     _check_output(op, grad_output, geometry, size)
     args = (grad_output.detach(), values.detach(), *topology.transposed(), size)
-    return _run(op, uses_reference(grad_output, values), *args, *geometry)
+    return run(op, uses_reference(grad_output, values), *args, *geometry)
 
 
 def sparse_conv2d_grad_values(
@@ -187,7 +188,7 @@ def sparse_conv2d_grad_values(
             f"{tuple(grad_output.shape)} {grad_output.dtype} and {tuple(input.shape)} {input.dtype}"
         )
     args = (grad_output.detach(), input.detach(), values, topology.offsets, topology.columns)
-    return _run(op, uses_reference(input, values), *args, *geometry)
+    return run(op, uses_reference(input, values), *args, *geometry)
 
 
 def _checked(op: str, topology: Topology, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
@@ -296,25 +297,10 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
     "sparse_conv2d_grad_values": _values_shape,
 }
 
-
-_REFERENCES = {_name: as_kernel(getattr(reference, _name)) for _name in _SCHEMAS}
-
 for _name, _schema in _SCHEMAS.items():
-    torch.library.define(
-        f"ppkernels::{_name}", f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    torch.library.register_fake(f"ppkernels::{_name}", _SHAPES[_name])
-    # The reference, wherever nothing better is registered for a device.
-    torch.library.impl(f"ppkernels::{_name}", "CompositeExplicitAutograd", _REFERENCES[_name])
+    define(_name, f"{_schema} -> Tensor", _SHAPES[_name], as_kernel(getattr(reference, _name)))
 
 # ---- autograd
-
-
-def _run(name: str, plain: bool, *args: Any) -> Tensor:
-    """One of the products by the reference if ``plain``, else by what the dispatcher has."""
-    if plain:
-        return _REFERENCES[name](*args)
-    return getattr(torch.ops.ppkernels, name).default(*args)
 
 
 class SparseConv2d(torch.autograd.Function):
@@ -332,7 +318,7 @@ class SparseConv2d(torch.autograd.Function):
         """As `pp.sparse_conv2d` on [B, C, Y, X], arguments not checked."""
         offsets, columns = topology.offsets, topology.columns
         if torch._C._are_functorch_transforms_active():
-            return _run("sparse_conv2d", True, input, values, offsets, columns, bias, *geometry)
+            return run("sparse_conv2d", True, input, values, offsets, columns, bias, *geometry)
         needs_input = input.requires_grad and torch.is_grad_enabled()
         transposed = topology.transposed() if needs_input else (None, None, None)
         out: Tensor = SparseConv2d.apply(
@@ -362,7 +348,7 @@ class SparseConv2d(torch.autograd.Function):
         ctx.geometry, ctx.size = geometry, tuple(input.shape[2:])
         ctx.dtype, ctx.bias_dtype = values.dtype, None if bias is None else bias.dtype
         args = (input, values, offsets, columns, bias, *geometry)
-        return _run("sparse_conv2d", uses_reference(input, values), *args)
+        return run("sparse_conv2d", uses_reference(input, values), *args)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -375,10 +361,10 @@ class SparseConv2d(torch.autograd.Function):
             plain = is_differentiated() or uses_reference(grad_output, like)
         if for_input:
             args = (grad_output, values, *transposed, ctx.size)
-            grad_input = _run("sparse_conv2d_grad_input", plain, *args, *ctx.geometry)
+            grad_input = run("sparse_conv2d_grad_input", plain, *args, *ctx.geometry)
         if for_values:
             args = (grad_output, input, like, offsets, columns)
-            grad_values = _run("sparse_conv2d_grad_values", plain, *args, *ctx.geometry)
+            grad_values = run("sparse_conv2d_grad_values", plain, *args, *ctx.geometry)
         if for_bias:
             grad_bias = sum_for_bias(grad_output, (0, 2, 3), ctx.bias_dtype)
         return grad_input, grad_values, grad_bias, *(None,) * 6

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from ppkernels._checks import check_floating
 from ppkernels.ops._layout import as_rows
+from ppkernels.ops._library import define, run
 from ppkernels.ops._operands import (
     as_autocast_has_it,
     as_kernel,
@@ -83,7 +84,7 @@ def spmm_grad_input(grad_output: Tensor, values: Tensor, topology: Topology) -> 
     topology.check_values(op, values)
     _check_operand(op, "grad_output", grad_output, values, topology.rows)
     plain = uses_reference(grad_output, values)
-    return _run(op, plain, grad_output.detach(), values.detach(), *topology.transposed())
+    return run(op, plain, grad_output.detach(), values.detach(), *topology.transposed())
 
 
 def spmm_grad_values(
@@ -122,7 +123,7 @@ def spmm_grad_values(
         )
     indices = (topology.offsets, topology.columns)
     plain = uses_reference(input, values)
-    return _run(op, plain, grad_output.detach(), input.detach(), values, *indices)
+    return run(op, plain, grad_output.detach(), input.detach(), values, *indices)
 
 
 def _check_operand(op: str, name: str, operand: Tensor, values: Tensor, features: int) -> None:
@@ -156,24 +157,10 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
     ),
 }
 
-_REFERENCES = {_name: as_kernel(getattr(reference, _name)) for _name in _SCHEMAS}
-
 for _name, _schema in _SCHEMAS.items():
-    torch.library.define(
-        f"ppkernels::{_name}", f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    torch.library.register_fake(f"ppkernels::{_name}", _SHAPES[_name])
-    # The reference, wherever nothing better is registered for a device.
-    torch.library.impl(f"ppkernels::{_name}", "CompositeExplicitAutograd", _REFERENCES[_name])
+    define(_name, f"{_schema} -> Tensor", _SHAPES[_name], as_kernel(getattr(reference, _name)))
 
 # ---- autograd
-
-
-def _run(name: str, plain: bool, *args: Tensor | None) -> Tensor:
-    """One of the products by the reference if ``plain``, else by what the dispatcher has."""
-    if plain:
-        return _REFERENCES[name](*args)
-    return getattr(torch.ops.ppkernels, name).default(*args)
 
 
 class Spmm(torch.autograd.Function):
@@ -189,13 +176,13 @@ class Spmm(torch.autograd.Function):
         """As `pp.spmm`, arguments not checked."""
         offsets, columns = topology.offsets, topology.columns
         if torch._C._are_functorch_transforms_active():
-            return _run("spmm", True, input, values, offsets, columns, bias)
+            return run("spmm", True, input, values, offsets, columns, bias)
         trained = (input, values) if bias is None else (input, values, bias)
         needs_grad = torch.is_grad_enabled() and any(each.requires_grad for each in trained)
         # Forward-mode tangents want the Function too, which says that it has no rule for them.
         if not needs_grad and forward_ad._current_level < 0:
             plain = uses_reference(input, values)
-            return _run("spmm", plain, input, values, offsets, columns, bias)
+            return run("spmm", plain, input, values, offsets, columns, bias)
         transposed = topology.transposed() if input.requires_grad else (None, None, None)
         out: Tensor = Spmm.apply(input, values, bias, offsets, columns, *transposed)
         return out
@@ -220,7 +207,7 @@ class Spmm(torch.autograd.Function):
         )
         ctx.dtype = values.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _run("spmm", uses_reference(input, values), input, values, offsets, columns, bias)
+        return run("spmm", uses_reference(input, values), input, values, offsets, columns, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -232,10 +219,10 @@ class Spmm(torch.autograd.Function):
             like = grad_output.new_empty(0, dtype=ctx.dtype) if values is None else values
             plain = is_differentiated() or uses_reference(grad_output, like)
         if for_input:
-            grad_input = _run("spmm_grad_input", plain, grad_output, values, *transposed)
+            grad_input = run("spmm_grad_input", plain, grad_output, values, *transposed)
         if for_values:
             indices = (offsets, columns)
-            grad_values = _run("spmm_grad_values", plain, grad_output, input, like, *indices)
+            grad_values = run("spmm_grad_values", plain, grad_output, input, like, *indices)
         if for_bias:
             grad_bias = sum_for_bias(as_rows(grad_output), (0,), ctx.bias_dtype)
         return grad_input, grad_values, grad_bias, None, None, None, None, None

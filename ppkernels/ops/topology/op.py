@@ -14,6 +14,7 @@ from torch import Tensor
 from ppkernels import _backend
 from ppkernels._checks import check_words
 from ppkernels.ops._entries import index_dtype
+from ppkernels.ops._library import define, run
 from ppkernels.ops.topology import reference
 
 # ---- public functions
@@ -35,17 +36,13 @@ def topology_of_mask(words: Tensor, rows: int, in_features: int) -> tuple[Tensor
         RuntimeError: 2^31 entries or more.
     """
     check_words("topology_of_mask", words, rows * in_features)
-    if _backend.uses_reference():
-        return reference.topology_of_mask(words, rows, in_features)
-    found: tuple[Tensor, Tensor] = torch.ops.ppkernels.topology_of_mask(words, rows, in_features)
+    found: tuple[Tensor, Tensor] = _run("topology_of_mask", words, rows, in_features)
     return found
 
 
 def mask_of_topology(offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
     """The words of the mask in which the entries are set: the opposite of `topology_of_mask`."""
-    if _backend.uses_reference():
-        return reference.mask_of_topology(offsets, columns, in_features)
-    return torch.ops.ppkernels.mask_of_topology(offsets, columns, in_features)
+    return _run("mask_of_topology", offsets, columns, in_features)
 
 
 def transpose_topology(
@@ -64,9 +61,7 @@ def transpose_topology(
         among the topology's entries. Within a column rows ascend.
     """
     args = (offsets, columns, in_features, taps)
-    if _backend.uses_reference():
-        return reference.transpose_topology(*args)
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.ppkernels.transpose_topology(*args)
+    found: tuple[Tensor, Tensor, Tensor] = _run("transpose_topology", *args)
     return found
 
 
@@ -78,9 +73,7 @@ def gather_kept(weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
             2, 4 or 8 bytes, and any strides: it is not copied.
         offsets, columns: the topology's, [N + 1] and [E].
     """
-    if _backend.uses_reference():
-        return reference.gather_kept(weight, offsets, columns)
-    return torch.ops.ppkernels.gather_kept(weight, offsets, columns)
+    return _run("gather_kept", weight, offsets, columns)
 
 
 def scatter_kept(values: Tensor, offsets: Tensor, columns: Tensor, in_features: int) -> Tensor:
@@ -92,9 +85,7 @@ def scatter_kept(values: Tensor, offsets: Tensor, columns: Tensor, in_features: 
         in_features: K.
     """
     args = (values, offsets, columns, in_features)
-    if _backend.uses_reference():
-        return reference.scatter_kept(*args)
-    return torch.ops.ppkernels.scatter_kept(*args)
+    return _run("scatter_kept", *args)
 
 
 def change_topology(
@@ -115,9 +106,7 @@ def change_topology(
         is none. With such a place the others mean nothing.
     """
     args = (offsets, columns, in_features, drop, grow)
-    if _backend.uses_reference():
-        return reference.change_topology(*args)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.ppkernels.change_topology(*args)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _run("change_topology", *args)
     return found
 
 
@@ -132,9 +121,11 @@ def topology_fault(offsets: Tensor, columns: Tensor, in_features: int) -> Tensor
         offsets, columns: int32 [N + 1], N + 1 > 0, and [E], of the dtype that goes with K.
         in_features: K.
     """
-    if _backend.uses_reference():
-        return reference.topology_fault(offsets, columns, in_features)
-    return torch.ops.ppkernels.topology_fault(offsets, columns, in_features)
+    return _run("topology_fault", offsets, columns, in_features)
+
+
+def _run(name: str, *args: Any) -> Any:
+    return run(name, _backend.uses_reference(), *args)
 
 
 # ---- schemas, shapes, and the kernels of every device but the CPU
@@ -205,9 +196,4 @@ _SHAPES: dict[str, Callable[..., Any]] = {
 }
 
 for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"ppkernels::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"ppkernels::{_name}", _SHAPES[_name])
-    # The reference, wherever nothing better is registered for a device.
-    torch.library.impl(
-        f"ppkernels::{_name}", "CompositeExplicitAutograd", getattr(reference, _name)
-    )
+    define(_name, _schema, _SHAPES[_name], getattr(reference, _name))
