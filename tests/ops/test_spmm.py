@@ -37,9 +37,12 @@ def test_a_weight_without_entries(rows, columns, batch, create_graph):
 
 def test_a_weight_of_more_dimensions_is_the_matrix_of_its_rows():
     theta, topology, values = weight(6, 3, 2, 2)
-    x = torch.randn(5, 12)
-    torch.testing.assert_close(pp.spmm(x, values, topology), x @ theta.view(6, 12).t())
-    g = torch.randn(5, 6)
+    x, g = torch.randn(5, 12, requires_grad=True), torch.randn(5, 6)
+    out = pp.spmm(x, values, topology)
+    torch.testing.assert_close(out, x @ theta.view(6, 12).t())
+    for grad in (*torch.autograd.grad(out, x, g), pp.spmm_grad_input(g, values, topology)):
+        torch.testing.assert_close(grad, g @ theta.view(6, 12))
+    x = x.detach()
     flat = pp.Topology(topology.offsets, topology.columns, (6, 12))
     grad = pp.spmm_grad_values(g, x, topology)
     torch.testing.assert_close(grad, flat.gather(g.t() @ x))

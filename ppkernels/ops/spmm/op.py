@@ -5,6 +5,7 @@ The CPU kernels register themselves from csrc/bindings/spmm.cpp when ppkernels._
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ppkernels._checks import check_floating
+from ppkernels.ops._entries import index_dtype
 from ppkernels.ops._layout import as_rows
 from ppkernels.ops._library import define, run
 from ppkernels.ops._operands import (
@@ -84,7 +86,7 @@ def spmm_grad_input(grad_output: Tensor, values: Tensor, topology: Topology) -> 
     topology.check_values(op, values)
     _check_operand(op, "grad_output", grad_output, values, topology.rows)
     plain = uses_reference(grad_output, values)
-    return run(op, plain, grad_output.detach(), values.detach(), *topology.transposed())
+    return run(op, plain, grad_output.detach(), values.detach(), *_transposed(topology))
 
 
 def spmm_grad_values(
@@ -132,6 +134,15 @@ def _check_operand(op: str, name: str, operand: Tensor, values: Tensor, features
         came = f"{operand.shape[-1]} features" if operand.dim() else "no dimension"
         raise ValueError(f"{op}: {name} has {came}, the topology expects {features}")
     check_beside_values(op, name, operand, values)
+
+
+def _transposed(topology: Topology) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries column by column, as of the matrix [N, K]: with one tap, whatever the shape."""
+    offsets, rows, order = topology.transposed()
+    taps = math.prod(topology.shape[2:])
+    if taps > 1:
+        rows = (rows.long() // taps).to(index_dtype(topology.rows))
+    return offsets, rows, order
 
 
 # ---- schemas, shapes, and the kernels of every device but the CPU
@@ -183,7 +194,7 @@ class Spmm(torch.autograd.Function):
         if not needs_grad and forward_ad._current_level < 0:
             plain = uses_reference(input, values)
             return run("spmm", plain, input, values, offsets, columns, bias)
-        transposed = topology.transposed() if input.requires_grad else (None, None, None)
+        transposed = _transposed(topology) if input.requires_grad else (None, None, None)
         out: Tensor = Spmm.apply(input, values, bias, offsets, columns, *transposed)
         return out
 
