@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "bindings/tensors.h"
-#include "kernels/topology.h"
+#include "kernels/indices.h"
 
 namespace ppkernels::bindings {
 
@@ -26,14 +26,16 @@ inline void check_list(const char* op, const char* name, const Tensor& t, Scalar
 // order is trusted, since `pp.Topology` checks it, once.
 class Topology {
  public:
-  Topology(const char* op, const Tensor& offsets, const Tensor& columns, int64_t in_features)
-      : in_features(in_features), count(columns.numel()) {
+  // Columns are below `limit`: K. A transposed topology has rows in their place, below N·taps, and
+  // its errors call them by that `name`.
+  Topology(const char* op, const Tensor& offsets, const Tensor& columns, int64_t limit_,
+           const char* name = "columns")
+      : limit(limit_), rows(offsets.numel() - 1), count(columns.numel()) {
+    require(limit >= 0 && limit <= kIndexLimit, op, ": the limit of ", name,
+            " must be in 0 ... 2^31, got ", limit);
     check_list(op, "offsets", offsets, ScalarType::Int);
-    check_list(op, "columns", columns, index_type(in_features));
-    require(offsets.numel() > 0, op, ": offsets must have N + 1 numbers, got none");
-    rows = offsets.numel() - 1;
-    require(in_features >= 0 && in_features <= int64_t(1) << 31, op,
-            ": in_features must be in 0 ... 2^31, got ", in_features);
+    check_list(op, name, columns, index_type(limit));
+    require(rows >= 0, op, ": offsets must have a number for each row and one more, got none");
     indices = {offsets.const_data_ptr<int32_t>(), columns.const_data_ptr(),
                columns.scalar_type() == ScalarType::Int, count};
   }
@@ -41,16 +43,30 @@ class Topology {
   // Whether the offsets go from the first to the last entry.
   bool spans() const { return indices.offsets[0] == 0 && indices.offsets[rows] == count; }
 
-  int64_t in_features, count, rows;
+  void check_values(const char* op, const Tensor& values) const {
+    require(values.dim() == 1 && values.numel() == count, op, ": values must have shape (", count,
+            "), one for each entry, got ", described(values));
+  }
+
+  // The positions of a transposed topology's entries among the values.
+  const int32_t* checked_order(const char* op, const Tensor& order) const {
+    check_list(op, "order", order, ScalarType::Int);
+    require(order.numel() == count, op, ": order must have shape (", count,
+            "), one for each entry, got ", described(order));
+    return order.const_data_ptr<int32_t>();
+  }
+
+  int64_t limit, rows, count;
   SparseIndices indices;
 };
 
 // The same for ops that read memory by what the offsets say.
 inline Topology spanning(const char* op, const Tensor& offsets, const Tensor& columns,
-                         int64_t in_features) {
-  const Topology topology(op, offsets, columns, in_features);
-  require(topology.spans(), op, ": offsets must begin with 0 and end with the number of columns, ",
-          topology.count);
+                         int64_t limit, const char* name = "columns") {
+  const Topology topology(op, offsets, columns, limit, name);
+  const int32_t* ends = topology.indices.offsets;
+  require(topology.spans(), op, ": offsets must begin with 0 and end with the number of ", name,
+          ", ", topology.count, ", got ", ends[0], " and ", ends[topology.rows]);
   return topology;
 }
 

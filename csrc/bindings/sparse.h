@@ -1,4 +1,4 @@
-// Arguments of the products with a sparse weight: values, indices and bias, checked.
+// Arguments of the products with a sparse weight, checked: their types, and the bias.
 #pragma once
 
 #include <optional>
@@ -14,14 +14,6 @@ inline Type kernel_type(const char* op, const char* name, const Tensor& t) {
   require(type == ScalarType::BFloat16, op, ": ", name, " must be float32 or bfloat16, got ",
           described(t));
   return Type::kBFloat16;
-}
-
-inline void check_index(const char* op, const char* name, const Tensor& t, ScalarType narrow,
-                        ScalarType wide) {
-  const ScalarType type = t.scalar_type();
-  require(t.is_cpu() && t.dim() == 1 && t.is_contiguous() && (type == narrow || type == wide), op,
-          ": ", name, " must be a contiguous CPU tensor of one dimension, ",
-          narrow == wide ? "int32" : "uint16 or int32", ", got ", described(t));
 }
 
 // The bias in float32, or null.

@@ -2,6 +2,7 @@
 #include <optional>
 #include <vector>
 
+#include "bindings/indices.h"
 #include "bindings/sparse.h"
 #include "kernels/convolution.h"
 
@@ -31,38 +32,16 @@ struct Operand {
   Tensor tensor;
 };
 
-// Indices are trusted in what they say, and checked for what they are.
-SparseIndices indices_of(const char* op, const Tensor& offsets, const char* name,
-                         const Tensor& columns) {
-  check_index(op, "offsets", offsets, ScalarType::Int, ScalarType::Int);
-  check_index(op, name, columns, ScalarType::UInt16, ScalarType::Int);
-  require(offsets.numel() > 0, op, ": offsets must have an element for each row and one more");
-  const int32_t* ends = offsets.const_data_ptr<int32_t>();
-  const int64_t count = columns.numel(), last = ends[offsets.numel() - 1];
-  require(ends[0] == 0 && last == count, op,
-          ": offsets must begin with 0 and end with the number of entries, ", count, ", got ",
-          ends[0], " and ", last);
-  return {ends, columns.const_data_ptr(), columns.scalar_type() == ScalarType::Int, count};
-}
-
-void check_values(const char* op, const Operand& values, int64_t count) {
-  require(values.tensor.numel() == count, op, ": values must have shape (", count,
-          "), one for each entry, got ", described(values.tensor));
-}
-
-// The sizes of a convolution of `images` images of `input` by a weight [features, channels, ...].
-Convolution sizes_of(const char* op, int64_t images, int64_t channels, int64_t features,
-                     const Pair& input, const Pair& kernel, const Pair& stride, const Pair& padding,
-                     const Pair& dilation) {
+// The sizes of a convolution of `images` images of `input`, but for its channels and features.
+Convolution sizes_of(const char* op, int64_t images, const Pair& input, const Pair& kernel,
+                     const Pair& stride, const Pair& padding, const Pair& dilation) {
   check_pair(op, "input_size", input, 0);
   check_pair(op, "kernel_size", kernel, 1);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   check_pair(op, "dilation", dilation, 1);
-  Convolution c;
+  Convolution c = {};
   c.images = images;
-  c.channels = channels;
-  c.features = features;
   for (size_t d = 0; d < 2; ++d) {
     c.input[d] = input[d];
     c.kernel[d] = kernel[d];
@@ -102,16 +81,18 @@ Tensor sparse_conv2d(const Tensor& input, const Tensor& values, const Tensor& of
                      Pair stride, Pair padding, Pair dilation) {
   constexpr const char* kOp = "sparse_conv2d";
   const Operand x(kOp, "input", input, 4), v(kOp, "values", values, 1);
-  const SparseIndices indices = indices_of(kOp, offsets, "columns", columns);
-  check_values(kOp, v, indices.count);
-  const Convolution sizes =
-      sizes_of(kOp, input.size(0), input.size(1), offsets.numel() - 1,
-               {input.size(2), input.size(3)}, kernel_size, stride, padding, dilation);
+  Convolution sizes = sizes_of(kOp, input.size(0), {input.size(2), input.size(3)}, kernel_size,
+                               stride, padding, dilation);
+  sizes.channels = input.size(1);
+  const Topology topology = spanning(kOp, offsets, columns, sizes.channels * sizes.taps());
+  topology.check_values(kOp, values);
+  sizes.features = topology.rows;
   const Bias b(kOp, bias, sizes.features);
   Tensor out = torch::stable::new_empty(
       input, {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
-  check_done(kOp, convolution(sparse_conv_kernels(isa()), sizes, x.memory(), v.memory(), indices,
-                              b.start(), {x.type, out.mutable_data_ptr()}, threads));
+  check_done(
+      kOp, convolution(sparse_conv_kernels(isa()), sizes, x.memory(), v.memory(), topology.indices,
+                       b.start(), {x.type, out.mutable_data_ptr()}, threads));
   return out;
 }
 
@@ -121,22 +102,21 @@ Tensor sparse_conv2d_grad_input(const Tensor& grad_output, const Tensor& values,
                                 Pair dilation) {
   constexpr const char* kOp = "sparse_conv2d_grad_input";
   const Operand g(kOp, "grad_output", grad_output, 4), v(kOp, "values", values, 1);
-  const SparseIndices indices = indices_of(kOp, offsets, "rows", rows);
-  check_values(kOp, v, indices.count);
-  check_index(kOp, "order", order, ScalarType::Int, ScalarType::Int);
-  require(order.numel() == indices.count, kOp, ": order must have ", indices.count,
-          " elements, got ", described(order));
-  Convolution sizes = sizes_of(kOp, grad_output.size(0), 0, grad_output.size(1), input_size,
-                               kernel_size, stride, padding, dilation);
-  require((offsets.numel() - 1) % sizes.taps() == 0, kOp, ": offsets must be of whole channels of ",
-          sizes.taps(), " columns, got ", offsets.numel() - 1, " columns");
-  sizes.channels = (offsets.numel() - 1) / sizes.taps();
+  Convolution sizes =
+      sizes_of(kOp, grad_output.size(0), input_size, kernel_size, stride, padding, dilation);
+  sizes.features = grad_output.size(1);
+  const Topology transposed = spanning(kOp, offsets, rows, sizes.features * sizes.taps(), "rows");
+  transposed.check_values(kOp, values);
+  const int32_t* positions = transposed.checked_order(kOp, order);
+  require(transposed.rows % sizes.taps() == 0, kOp, ": offsets must be of whole channels of ",
+          sizes.taps(), " columns, got ", transposed.rows, " columns");
+  sizes.channels = transposed.rows / sizes.taps();
   check_sizes(kOp, "grad_output", grad_output,
               {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
   Tensor out = torch::stable::new_empty(
       grad_output, {sizes.images, sizes.channels, sizes.input[0], sizes.input[1]});
   check_done(kOp, convolution_grad_input(sparse_conv_kernels(isa()), sizes, g.memory(), v.memory(),
-                                         indices, order.const_data_ptr<int32_t>(),
+                                         transposed.indices, positions,
                                          {g.type, out.mutable_data_ptr()}, threads));
   return out;
 }
@@ -148,15 +128,17 @@ Tensor sparse_conv2d_grad_values(const Tensor& grad_output, const Tensor& input,
   constexpr const char* kOp = "sparse_conv2d_grad_values";
   const Operand g(kOp, "grad_output", grad_output, 4), x(kOp, "input", input, 4);
   const Type type = kernel_type(kOp, "values", values);
-  const SparseIndices indices = indices_of(kOp, offsets, "columns", columns);
-  const Convolution sizes =
-      sizes_of(kOp, input.size(0), input.size(1), offsets.numel() - 1,
-               {input.size(2), input.size(3)}, kernel_size, stride, padding, dilation);
+  Convolution sizes = sizes_of(kOp, input.size(0), {input.size(2), input.size(3)}, kernel_size,
+                               stride, padding, dilation);
+  sizes.channels = input.size(1);
+  const Topology topology = spanning(kOp, offsets, columns, sizes.channels * sizes.taps());
+  sizes.features = topology.rows;
   check_sizes(kOp, "grad_output", grad_output,
               {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
-  Tensor out = torch::stable::new_empty(values, {indices.count});
-  check_done(kOp, convolution_grad_values(sparse_conv_kernels(isa()), sizes, g.memory(), x.memory(),
-                                          indices, {type, out.mutable_data_ptr()}, threads));
+  Tensor out = torch::stable::new_empty(values, {topology.count});
+  check_done(kOp,
+             convolution_grad_values(sparse_conv_kernels(isa()), sizes, g.memory(), x.memory(),
+                                     topology.indices, {type, out.mutable_data_ptr()}, threads));
   return out;
 }
 

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "bindings/indices.h"
 #include "bindings/sparse.h"
 #include "kernels/scratch.h"
 
@@ -37,39 +38,22 @@ struct Batch {
   int64_t count = 1, features = 0;
 };
 
-// A weight in compressed rows, its indices checked but for what they say.
+// A weight: its indices, and what an op has of its values and their order.
 struct Weight {
-  Weight(const char* op, const Tensor& offsets_, const Tensor& columns_) {
-    check_index(op, "offsets", offsets_, ScalarType::Int, ScalarType::Int);
-    check_index(op, "columns", columns_, ScalarType::UInt16, ScalarType::Int);
-    require(offsets_.numel() >= 1, op, ": offsets must have an element for each row and one more");
-    rows = offsets_.numel() - 1;
-    count = columns_.numel();
-    entries.indices.offsets = static_cast<const int32_t*>(offsets_.const_data_ptr());
-    entries.indices.columns = columns_.const_data_ptr();
-    entries.indices.wide = columns_.scalar_type() == ScalarType::Int;
-    entries.indices.count = count;
-    require(entries.indices.offsets[0] == 0 && entries.indices.offsets[rows] == count, op,
-            ": offsets must begin with 0 and end with the number of entries, ", count, ", got ",
-            entries.indices.offsets[0], " and ", entries.indices.offsets[rows]);
+  explicit Weight(const Topology& topology_) : topology(topology_) {
+    entries.indices = topology.indices;
   }
 
   void set_values(const char* op, const Tensor& t) {
     entries.type = kernel_type(op, "values", t);
-    require(t.dim() == 1 && t.numel() == count, op, ": values must have shape (", count,
-            "), one for each entry, got ", described(t));
+    topology.check_values(op, t);
     values = torch::stable::contiguous(t);
     entries.values = values->const_data_ptr();
   }
 
-  void set_order(const char* op, const Tensor& t) {
-    check_index(op, "order", t, ScalarType::Int, ScalarType::Int);
-    require(t.numel() == count, op, ": order must have ", count, " elements, got ", described(t));
-    entries.order = static_cast<const int32_t*>(t.const_data_ptr());
-  }
-
+  Topology topology;
   SpmmEntries entries = {};
-  int64_t rows = 0, count = 0;
+  int64_t rows = topology.rows, count = topology.count;
   std::optional<Tensor> values;
 };
 
@@ -228,7 +212,7 @@ void multiply(const Batch& x, const Weight& w, const float* bias, const Tensor& 
 Tensor spmm(const Tensor& input, const Tensor& values, const Tensor& offsets, const Tensor& columns,
             const std::optional<Tensor>& bias) {
   const Batch x("spmm", "input", input);
-  Weight w("spmm", offsets, columns);
+  Weight w(spanning("spmm", offsets, columns, x.features));
   w.set_values("spmm", values);
   const Bias b("spmm", bias, w.rows);
   Tensor out = empty_of(input, w.rows);
@@ -240,9 +224,9 @@ Tensor spmm_grad_input(const Tensor& grad_output, const Tensor& values, const Te
                        const Tensor& rows, const Tensor& order) {
   const char* op = "spmm_grad_input";
   const Batch g(op, "grad_output", grad_output);
-  Weight w(op, offsets, rows);
+  Weight w(spanning(op, offsets, rows, g.features, "rows"));
   w.set_values(op, values);
-  w.set_order(op, order);
+  w.entries.order = w.topology.checked_order(op, order);
   Tensor out = empty_of(grad_output, w.rows);
   multiply(g, w, nullptr, out);
   return out;
@@ -285,7 +269,7 @@ Tensor spmm_grad_values(const Tensor& grad_output, const Tensor& input, const Te
                         const Tensor& offsets, const Tensor& columns) {
   const char* op = "spmm_grad_values";
   const Batch x(op, "input", input), g(op, "grad_output", grad_output);
-  const Weight w(op, offsets, columns);
+  const Weight w(spanning(op, offsets, columns, x.features));
   require(g.count == x.count && g.features == w.rows, op, ": grad_output must be of ", x.count,
           " numbers and ", w.rows, " features, got ", described(grad_output));
   const Type type = kernel_type(op, "values", values);

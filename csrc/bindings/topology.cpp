@@ -71,7 +71,7 @@ Tensor mask_of_topology(const Tensor& offsets, const Tensor& columns, int64_t in
 
 // In how many parts the entries are put into columns: each counts in numbers of its own.
 int64_t transposing_parts(const Topology& topology) {
-  const int64_t most = topology.count / (1 + 2 * topology.in_features);
+  const int64_t most = topology.count / (1 + 2 * topology.limit);
   return std::clamp(most, int64_t(1), parts_of(topology.count));
 }
 
@@ -187,9 +187,7 @@ Tensor scatter_kept(const Tensor& values, const Tensor& offsets, const Tensor& c
   constexpr const char* kOp = "scatter_kept";
   check_element(kOp, "values", values);
   const Topology topology = spanning(kOp, offsets, columns, in_features);
-  require(values.dim() == 1 && values.numel() == topology.count, kOp,
-          ": values must have a number for each of the ", topology.count, " entries, got ",
-          described(values));
+  topology.check_values(kOp, values);
   const Tensor in_order = torch::stable::contiguous(values);
   Tensor weight = torch::stable::new_empty(values, {topology.rows, in_features});
   const void* from = in_order.const_data_ptr();

@@ -488,6 +488,17 @@ def test_raw_ops_refuse_what_does_not_go_together(op: str) -> None:
     assert refused > 20
 
 
+@pytest.mark.skipif(pp.cpu_capability() == "reference", reason="what the compiled kernels check")
+@each_op
+def test_raw_ops_take_indices_of_the_dtype_that_goes_with_the_sizes(op: str) -> None:
+    args = call_for(layer_of(op)).raw(op)
+    (place,) = (i for i, arg in enumerate(args) if getattr(arg, "dtype", None) == torch.uint16)
+    name = "rows" if op.endswith("grad_input") else "columns"
+    args[place] = args[place].int()
+    with pytest.raises(RuntimeError, match=f"^{op}: {name} must be .* tensor of UInt16, got .*Int"):
+        raw(op, args)
+
+
 # ---- under PyTorch's transforms
 
 
