@@ -1,10 +1,8 @@
 // The indices of sparse weights, as ops take them: checks of their form, and threads over rows.
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
 #include "bindings/tensors.h"
+#include "kernels/cuts.h"
 #include "kernels/indices.h"
 
 namespace ppkernels::bindings {
@@ -72,55 +70,23 @@ inline Topology spanning(const char* op, const Tensor& offsets, const Tensor& co
 
 // ---- threads
 
-// Rows cut into parts, one for each thread at most: part p is rows cut[p] ... cut[p + 1] − 1.
-using Cuts = std::vector<int64_t>;
-
-// How many threads a pass over `work` numbers is worth.
-inline int64_t parts_of(int64_t work) {
-  return std::clamp(work / kGrain, int64_t(1), int64_t(torch::stable::get_num_threads()));
+// An entry moved or counted is as much work as a row without any.
+inline RowCosts costs_of(const Topology& topology) {
+  return {topology.indices.offsets, topology.rows, 1};
 }
 
-// Parts of as many rows each.
-inline Cuts even_cuts(int64_t rows, int64_t parts) {
-  Cuts cut;
-  for (int64_t p = 0; p <= parts; ++p) cut.push_back(rows * p / parts);
-  return cut;
+// A part for each thread; they begin at multiples of `step`.
+inline Cuts cuts_of(const Topology& topology, int64_t step = 1) {
+  const RowCosts costs = costs_of(topology);
+  return equal_cuts(costs, threads_for(costs.all()), step);
 }
 
-// Parts of as many entries each, a row counted as one more; they begin at multiples of `step`.
-inline Cuts cuts_of(const Topology& topology, int64_t parts, int64_t step = 1) {
-  const int32_t* offsets = topology.indices.offsets;
-  const int64_t all = topology.rows + topology.count;
-  Cuts cut = {0};
-  for (int64_t p = 1; p < parts; ++p) {
-    int64_t low = cut.back(), high = topology.rows;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (middle + offsets[middle] < all * p / parts) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    cut.push_back(std::min((low + step - 1) / step * step, topology.rows));
-  }
-  cut.push_back(topology.rows);
-  return cut;
-}
-
-inline Cuts cuts_of(const Topology& topology) {
-  return cuts_of(topology, parts_of(topology.rows + topology.count));
-}
-
-// Runs body(begin, end, p) for each part, in as many threads.
+// Runs body(begin, end, p) for the rows of each part.
 template <class Body>
-inline void for_each_part_of(const Cuts& cut, const Body& body) {
-  const auto run = [&](int64_t first, int64_t last) {
+inline void for_each_part(const Cuts& cut, const Body& body) {
+  in_threads(int64_t(cut.size()) - 1, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) body(cut[size_t(p)], cut[size_t(p + 1)], p);
-  };
-  const int64_t parts = int64_t(cut.size()) - 1;
-  if (parts == 1) return run(0, 1);
-  torch::stable::parallel_for(0, parts, 1, run);
+  });
 }
 
 }  // namespace ppkernels::bindings

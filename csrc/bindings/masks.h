@@ -23,14 +23,9 @@ inline void check_words(const char* op, const Tensor& words, int64_t entries) {
 template <class Body>
 inline void for_each_mask_part(int64_t entries, const Body& body) {
   constexpr int64_t kBlock = 512;
-  if (entries <= kGrain) {
-    if (entries > 0) body(int64_t(0), entries);
-    return;
-  }
-  torch::stable::parallel_for(
-      0, (entries + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t begin, int64_t end) {
-        body(begin * kBlock, end * kBlock < entries ? end * kBlock : entries);
-      });
+  in_threads((entries + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t begin, int64_t end) {
+    body(begin * kBlock, std::min(end * kBlock, entries));
+  });
 }
 
 // `words` in the order of `weight`'s memory, which is dense: bit m belongs to the element at offset

@@ -70,12 +70,8 @@ Tensor topk_bits(Tensors words, Tensors tensors, std::vector<int64_t> counts,
         select_tensor(tensors[i], words[i], within.empty() ? nullptr : &within[i], alphas[i]));
   }
   check_counts(counts, all);
-  const auto threads = [](int64_t n, int64_t grain, const auto& body) {
-    if (n <= grain) return body(0, n);
-    torch::stable::parallel_for(0, n, grain, body);
-  };
   Tensor first_nan = torch::stable::new_empty(words[0], {}, ScalarType::Long);
-  const int64_t found = select_largest(select_kernels(isa()), all, counts, threads);
+  const int64_t found = select_largest(select_kernels(isa()), all, counts, in_threads<PartBody>);
   require(found != kChanged, kOp, ": the tensors were written to while they were read");
   *first_nan.mutable_data_ptr<int64_t>() = found;
   return first_nan;

@@ -64,12 +64,6 @@ void check_sizes(const char* op, const char* name, const Tensor& t, const int64_
           ", ", wanted[3], "), got ", described(t));
 }
 
-void threads(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (n <= 0) return;
-  if (n <= grain) return body(0, n);
-  torch::stable::parallel_for(0, n, grain, body);
-}
-
 void check_done(const char* op, bool is_done) {
   require(is_done, op,
           ": one row of the images, with all channels and padding, has 2^31 or more "
@@ -92,7 +86,7 @@ Tensor sparse_conv2d(const Tensor& input, const Tensor& values, const Tensor& of
       input, {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
   check_done(
       kOp, convolution(sparse_conv_kernels(isa()), sizes, x.memory(), v.memory(), topology.indices,
-                       b.start(), {x.type, out.mutable_data_ptr()}, threads));
+                       b.start(), {x.type, out.mutable_data_ptr()}, in_threads<PartBody>));
   return out;
 }
 
@@ -117,7 +111,7 @@ Tensor sparse_conv2d_grad_input(const Tensor& grad_output, const Tensor& values,
       grad_output, {sizes.images, sizes.channels, sizes.input[0], sizes.input[1]});
   check_done(kOp, convolution_grad_input(sparse_conv_kernels(isa()), sizes, g.memory(), v.memory(),
                                          transposed.indices, positions,
-                                         {g.type, out.mutable_data_ptr()}, threads));
+                                         {g.type, out.mutable_data_ptr()}, in_threads<PartBody>));
   return out;
 }
 
@@ -136,9 +130,9 @@ Tensor sparse_conv2d_grad_values(const Tensor& grad_output, const Tensor& input,
   check_sizes(kOp, "grad_output", grad_output,
               {sizes.images, sizes.features, sizes.output[0], sizes.output[1]});
   Tensor out = torch::stable::new_empty(values, {topology.count});
-  check_done(kOp,
-             convolution_grad_values(sparse_conv_kernels(isa()), sizes, g.memory(), x.memory(),
-                                     topology.indices, {type, out.mutable_data_ptr()}, threads));
+  check_done(kOp, convolution_grad_values(sparse_conv_kernels(isa()), sizes, g.memory(), x.memory(),
+                                          topology.indices, {type, out.mutable_data_ptr()},
+                                          in_threads<PartBody>));
   return out;
 }
 

@@ -88,11 +88,6 @@ constexpr int64_t kRowCost = 8;
 // Parts begin at such rows, so that two threads share no line of the output.
 constexpr int64_t kRowBlock = 16;
 
-int64_t threads_for(const Weight& w, int64_t vectors) {
-  const int64_t threads = int64_t(torch::stable::get_num_threads());
-  return std::clamp((w.count + w.rows * kRowCost) * vectors / kWorkPerThread, int64_t(1), threads);
-}
-
 // Values through an order are put in order first where enough panels read them: from two panels on
 // where the values leave L2, else from this many on. Measured: ops/spmm/README.md.
 constexpr int64_t kCachedValues = int64_t(2) << 20;
@@ -100,27 +95,13 @@ constexpr int64_t kPanelsPerGather = 8;
 // From this many panels a thread on, panels are not cut: a thread without one waits for an eighth.
 constexpr int64_t kPanelsAlone = 8;
 
-// The first row of part `part` of `parts`, which have about as many entries each.
-int64_t row_of_part(const Weight& w, int64_t part, int64_t parts) {
-  if (part >= parts) return w.rows;
-  const int64_t wanted = (w.count + w.rows * kRowCost) * part / parts;
-  int64_t low = 0, high = w.rows;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (w.entries.indices.offsets[middle] + middle * kRowCost < wanted) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return std::min((low + kRowBlock / 2) / kRowBlock * kRowBlock, w.rows);
+RowCosts costs_of(const Weight& w) { return {w.entries.indices.offsets, w.rows, kRowCost}; }
+
+int64_t threads_of(const Weight& w, int64_t vectors) {
+  return threads_for(costs_of(w).all() * vectors, kWorkPerThread);
 }
 
-template <class Body>
-void for_each_unit(int64_t units, const Body& body) {
-  if (units == 1) return body(0, 1);
-  torch::stable::parallel_for(0, units, 1, body);
-}
+Cuts cuts_of(const Weight& w, int64_t parts) { return equal_cuts(costs_of(w), parts, kRowBlock); }
 
 // A batch in panels.
 struct Panels {
@@ -171,10 +152,8 @@ SpmmEntries ordered(const SpmmKernels& kernels, const Weight& w, int64_t panels)
 void multiply_one(const SpmmKernels& kernels, const Batch& x, const Weight& w, const float* bias,
                   const SpmmOutput& out) {
   const float* row = single_row(kernels, x);
-  const int64_t parts = threads_for(w, 1);
-  for_each_unit(parts, [&](int64_t begin, int64_t end) {
-    kernels.multiply_one(w.entries, row, bias, out, row_of_part(w, begin, parts),
-                         row_of_part(w, end, parts));
+  for_each_part(cuts_of(w, threads_of(w, 1)), [&](int64_t begin, int64_t end, int64_t) {
+    kernels.multiply_one(w.entries, row, bias, out, begin, end);
   });
 }
 
@@ -186,11 +165,12 @@ void multiply(const Batch& x, const Weight& w, const float* bias, const Tensor& 
   if (x.count == 0 || w.rows == 0) return;
   if (x.count == 1) return multiply_one(kernels, x, w, bias, to);
   const Panels panels(x, kernels.lanes);
-  const int64_t threads = threads_for(w, panels.vectors()), count = panels.count();
+  const int64_t threads = threads_of(w, panels.vectors()), count = panels.count();
   const int64_t parts = count % threads == 0 || count >= kPanelsAlone * threads ? 1 : threads;
   const SpmmEntries entries = ordered(kernels, w, count);
   const int64_t row_bytes = w.rows * int64_t(out.element_size());
-  for_each_unit(count * parts, [&](int64_t begin, int64_t end) {
+  const Cuts cut = cuts_of(w, parts);
+  in_threads(count * parts, 1, [&](int64_t begin, int64_t end) {
     float* panel = panel_scratch.floats(x.features * panels.width);
     int64_t packed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -201,8 +181,7 @@ void multiply(const Batch& x, const Weight& w, const float* bias, const Tensor& 
       const int64_t width = panels.padded(here.count);
       if (p != packed) kernels.pack(x.matrix, first, here.count, 0, x.features, width, panel);
       packed = p;
-      kernels.multiply(entries, panel, width, bias, here, row_of_part(w, part, parts),
-                       row_of_part(w, part + 1, parts));
+      kernels.multiply(entries, panel, width, bias, here, cut[size_t(part)], cut[size_t(part + 1)]);
     }
     panel_scratch.trim();
   });
@@ -242,16 +221,15 @@ void sample(const Batch& x, const Batch& g, const Weight& w, float* sums) {
   }
   if (x.count == 1) {
     const float* row = single_row(kernels, x);
-    const int64_t parts = threads_for(w, 1);
-    return for_each_unit(parts, [&](int64_t begin, int64_t end) {
-      kernels.sample_one(w.entries, row, g.matrix, sums, row_of_part(w, begin, parts),
-                         row_of_part(w, end, parts));
+    return for_each_part(cuts_of(w, threads_of(w, 1)), [&](int64_t begin, int64_t end, int64_t) {
+      kernels.sample_one(w.entries, row, g.matrix, sums, begin, end);
     });
   }
   const Panels panels(x, kernels.lanes);
-  const int64_t parts = threads_for(w, panels.vectors());
-  for_each_unit(parts, [&](int64_t begin, int64_t end) {
-    const int64_t first_row = row_of_part(w, begin, parts), last_row = row_of_part(w, end, parts);
+  const int64_t parts = threads_of(w, panels.vectors());
+  const Cuts cut = cuts_of(w, parts);
+  in_threads(parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first_row = cut[size_t(begin)], last_row = cut[size_t(end)];
     if (first_row >= last_row) return;
     float* panel = panel_scratch.floats(x.features * panels.width);
     for (int64_t p = 0; p < panels.count(); ++p) {

@@ -102,8 +102,7 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& weight, const Tensor& alpha,
     const std::lock_guard<std::mutex> lock(adding);
     here.add_to(to, bins);
   };
-  if (blocks == 1) part(0, 1);
-  if (blocks > 1) torch::stable::parallel_for(0, blocks, 1, part);
+  in_threads(blocks, 1, part);
   write(total_of(of_block), to[1] > 0, moments.mutable_data_ptr<double>());
   return {moments, counts};
 }

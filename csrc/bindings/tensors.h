@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <sstream>
@@ -169,13 +170,25 @@ inline Memory<char> mutable_memory(const Tensor& t) {
   return {static_cast<char*>(t.mutable_data_ptr()), int64_t(t.element_size())};
 }
 
+// How many threads `work` is worth, if each of them has `grain` of it.
+inline int64_t threads_for(int64_t work, int64_t grain = kGrain) {
+  return std::clamp(work / grain, int64_t(1), int64_t(torch::stable::get_num_threads()));
+}
+
+// Runs body(begin, end) for parts of 0 ... n − 1, each of `grain` or more, in torch's threads; in
+// this one where there is but one part.
+template <class Body>
+inline void in_threads(int64_t n, int64_t grain, const Body& body) {
+  if (n > grain) {
+    torch::stable::parallel_for(0, n, grain, body);
+  } else if (n > 0) {
+    body(0, n);
+  }
+}
+
 template <class Body>
 inline void for_each_part(int64_t n, const Body& body) {
-  if (n <= kGrain) {
-    if (n > 0) body(0, n);
-    return;
-  }
-  torch::stable::parallel_for(0, n, kGrain, body);
+  in_threads(n, kGrain, body);
 }
 
 }  // namespace ppkernels::bindings

@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor> topology_of_mask(const Tensor& words, int64_t rows,
   const uint8_t* bits = bytes_of(words);
   std::vector<int64_t> counts(static_cast<size_t>(rows));
   // Both passes read words, a bit an entry of the weight, or one number a row.
-  const Cuts cut = even_cuts(rows, parts_of(rows * (1 + in_features / 64)));
-  for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t) {
+  const Cuts cut = even_cuts(rows, threads_for(rows * (1 + in_features / 64)));
+  for_each_part(cut, [&](int64_t begin, int64_t end, int64_t) {
     kernels.count_rows(bits, in_features, begin, end, counts.data());
   });
 
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> topology_of_mask(const Tensor& words, int64_t rows,
   Tensor columns = new_1d(words, entries, index_type(in_features));
   void* to = columns.mutable_data_ptr();
   const bool wide = columns.scalar_type() == ScalarType::Int;
-  for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t) {
+  for_each_part(cut, [&](int64_t begin, int64_t end, int64_t) {
     kernels.columns_of(bits, in_features, ends, begin, end, to, wide);
   });
   return {offsets, columns};
@@ -60,8 +60,8 @@ Tensor mask_of_topology(const Tensor& offsets, const Tensor& columns, int64_t in
   auto* to = static_cast<uint8_t*>(words.mutable_data_ptr());
   const auto kernel = topology_kernels(isa()).bits_of;
   // Eight rows are a whole number of bytes.
-  const Cuts cut = cuts_of(topology, parts_of(topology.rows + topology.count), 8);
-  for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t) {
+  const Cuts cut = cuts_of(topology, 8);
+  for_each_part(cut, [&](int64_t begin, int64_t end, int64_t) {
     kernel(topology.indices, in_features, begin, end, to);
   });
   return words;
@@ -72,7 +72,7 @@ Tensor mask_of_topology(const Tensor& offsets, const Tensor& columns, int64_t in
 // In how many parts the entries are put into columns: each counts in numbers of its own.
 int64_t transposing_parts(const Topology& topology) {
   const int64_t most = topology.count / (1 + 2 * topology.limit);
-  return std::clamp(most, int64_t(1), parts_of(topology.count));
+  return std::clamp(most, int64_t(1), threads_for(topology.count));
 }
 
 std::tuple<Tensor, Tensor, Tensor> transpose_topology(const Tensor& offsets, const Tensor& columns,
@@ -84,10 +84,10 @@ std::tuple<Tensor, Tensor, Tensor> transpose_topology(const Tensor& offsets, con
   require(taps > 0 || topology.count == 0, kOp, ": taps must be a divisor of in_features, got 0");
   const TopologyKernels& kernels = topology_kernels(isa());
   const int64_t parts = transposing_parts(topology);
-  const Cuts cut = cuts_of(topology, parts);
+  const Cuts cut = equal_cuts(costs_of(topology), parts);
   // next[p·K + k]: how many entries part p has in column k, then where the next of them goes.
   std::vector<int32_t> next(static_cast<size_t>(parts * in_features), 0);
-  for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
+  for_each_part(cut, [&](int64_t begin, int64_t end, int64_t p) {
     kernels.count_columns(topology.indices, begin, end, next.data() + p * in_features);
   });
 
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> transpose_topology(const Tensor& offsets, con
   void* to = rows.mutable_data_ptr();
   int32_t* positions = order.mutable_data_ptr<int32_t>();
   const bool wide = rows.scalar_type() == ScalarType::Int;
-  for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
+  for_each_part(cut, [&](int64_t begin, int64_t end, int64_t p) {
     kernels.transpose(topology.indices, in_features, taps, begin, end,
                       next.data() + p * in_features, to, wide, positions);
   });
@@ -176,7 +176,7 @@ Tensor gather_kept(const Tensor& weight, const Tensor& offsets, const Tensor& co
   const void* from = weight.const_data_ptr();
   void* to = values.mutable_data_ptr();
   const auto kernel = topology_kernels(isa()).gather;
-  for_each_part_of(cuts_of(topology), [&](int64_t begin, int64_t end, int64_t) {
+  for_each_part(cuts_of(topology), [&](int64_t begin, int64_t end, int64_t) {
     kernel(topology.indices, from, layout.get(), begin, end, to);
   });
   return values;
@@ -195,8 +195,8 @@ Tensor scatter_kept(const Tensor& values, const Tensor& offsets, const Tensor& c
   const int64_t bytes = values.element_size();
   const auto kernel = topology_kernels(isa()).scatter;
   // Zeros are most of the work, and each row has as many.
-  const Cuts cut = even_cuts(topology.rows, parts_of(weight.numel()));
-  for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t) {
+  const Cuts cut = even_cuts(topology.rows, threads_for(weight.numel()));
+  for_each_part(cut, [&](int64_t begin, int64_t end, int64_t) {
     kernel(topology.indices, in_features, from, bytes, begin, end, to);
   });
   return weight;
@@ -237,7 +237,7 @@ Changed change_topology(const Tensor& offsets, const Tensor& columns, int64_t in
   };
   const Cuts cut = cuts_of(topology);
   std::vector<int64_t> twice(cut.size(), -1);
-  for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
+  for_each_part(cut, [&](int64_t begin, int64_t end, int64_t p) {
     const int64_t d = drops_before(begin), g = grows_before(begin);
     const int64_t at = topology.indices.offsets[begin] - d + g;
     twice[size_t(p)] =
@@ -257,9 +257,9 @@ Tensor topology_fault(const Tensor& offsets, const Tensor& columns, int64_t in_f
   const auto kernel = topology_kernels(isa()).fault;
   TopologyFault worst = topology.spans() ? TopologyFault::kNone : TopologyFault::kOffsets;
   // By rows: what the offsets say of the entries is not known to be true.
-  const Cuts cut = even_cuts(topology.rows, parts_of(topology.rows + topology.count));
+  const Cuts cut = even_cuts(topology.rows, threads_for(topology.rows + topology.count));
   std::vector<TopologyFault> found(cut.size(), TopologyFault::kNone);
-  for_each_part_of(cut, [&](int64_t begin, int64_t end, int64_t p) {
+  for_each_part(cut, [&](int64_t begin, int64_t end, int64_t p) {
     found[size_t(p)] = kernel(topology.indices, in_features, begin, end);
   });
   for (TopologyFault each : found) {

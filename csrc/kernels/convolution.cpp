@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/conv_layout.h"
+#include "kernels/cuts.h"
 #include "kernels/elements.h"
 #include "kernels/scratch.h"
 
@@ -193,34 +194,18 @@ const float* widened(const SparseConvKernels& kernels, TypedMemory values, int64
 
 // ---- tasks
 
-// Parts of `rows` rows, of about equally many entries; `rows_of` entries rows to one that is cut.
-std::vector<int64_t> cut(const Program& p, int64_t rows, int64_t inner, int64_t parts) {
-  const auto work = [&](int64_t row) {
-    if (row == rows) return int64_t(p.addresses.size()) + kRowEntries * rows * inner;
-    return p.segments[size_t(row * inner * (p.blocks + 1))] + kRowEntries * row * inner;
-  };
-  const int64_t all = work(rows);
-  std::vector<int64_t> bounds = {0};
-  for (int64_t part = 1; part <= parts; ++part) {
-    int64_t row = bounds.back();
-    while (row < rows && work(row) * parts < all * part) ++row;
-    bounds.push_back(part == parts ? rows : row);
-  }
-  return bounds;
-}
-
 // body(outer, begin, end) for rows begin ... end − 1 of each of `outers`, all rows of all of them:
 // the rows in parts, so that there are enough tasks.
 template <class Body>
-void for_each_task(int64_t outers, const std::vector<int64_t>& bounds,
-                   const ParallelFor& parallel_for, const Body& body) {
-  const int64_t parts = int64_t(bounds.size()) - 1;
+void for_each_task(int64_t outers, const Cuts& cut, const ParallelFor& parallel_for,
+                   const Body& body) {
+  const int64_t parts = int64_t(cut.size()) - 1;
   parallel_for(outers * parts, 1, [&](int64_t begin, int64_t end) {
     auto thread = body();
     for (int64_t task = begin; task < end;) {
       const int64_t outer = task / parts, last = std::min(end, (outer + 1) * parts);
-      const int64_t from = bounds[size_t(task % parts)];
-      const int64_t to = bounds[size_t(last - outer * parts)];
+      const int64_t from = cut[size_t(task % parts)];
+      const int64_t to = cut[size_t(last - outer * parts)];
       if (from < to) thread(outer, from, to);
       task = last;
     }
@@ -229,20 +214,20 @@ void for_each_task(int64_t outers, const std::vector<int64_t>& bounds,
   });
 }
 
-int64_t parts_of(int64_t outers, int64_t rows) {
-  return std::clamp<int64_t>(divided_up(kTasks, std::max<int64_t>(outers, 1)), 1,
-                             std::max<int64_t>(rows, 1));
+// Of `outers` times these rows, enough tasks.
+Cuts task_cuts(const RowCosts& costs, int64_t outers) {
+  const int64_t wanted = divided_up(kTasks, std::max<int64_t>(outers, 1));
+  return equal_cuts(costs, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(costs.rows, 1)));
 }
 
 // All tiles of `source` times the entries, into the pixels of `out`.
 void correlate(const SparseConvKernels& kernels, const ConvLayout& layout, const Program& program,
                const ConvAxis& y, const ConvAxis& x, TypedMemory source, const float* bias,
-               int64_t channels, const int64_t* size, MutableMemory out,
+               const RowCosts& costs, const int64_t* size, MutableMemory out,
                const ParallelFor& parallel_for) {
-  const int64_t rows = y.targets * x.targets;
-  const auto bounds = cut(program, channels, rows, parts_of(layout.tiles(), channels));
+  const int64_t channels = costs.rows, rows = y.targets * x.targets;
   const int64_t staged = program.blocks == 1 ? rows : rows * channels;
-  for_each_task(layout.tiles(), bounds, parallel_for, [&] {
+  for_each_task(layout.tiles(), task_cuts(costs, layout.tiles()), parallel_for, [&] {
     float* const planes = plane_scratch.floats(layout.floats());
     float* const stage = stage_scratch.floats(staged * layout.pass() + kernels.lanes);
     return [&, planes, stage](int64_t index, int64_t begin, int64_t end) {
@@ -280,8 +265,8 @@ bool convolution(const SparseConvKernels& kernels, const Convolution& sizes, Typ
   if (!layout.fits()) return false;
   Program program = forward_program(layout, y, x, sizes.features, indices, parallel_for);
   program.values = widened(kernels, values, indices.count, program.owned);
-  correlate(kernels, layout, program, y, x, input, bias, sizes.features, sizes.output, output,
-            parallel_for);
+  const RowCosts costs = {indices.offsets, sizes.features, kRowEntries};
+  correlate(kernels, layout, program, y, x, input, bias, costs, sizes.output, output, parallel_for);
   return true;
 }
 
@@ -298,8 +283,10 @@ bool convolution_grad_input(const SparseConvKernels& kernels, const Convolution&
   std::vector<float> room;
   GradInputProgram(layout, y, x, indices, order, widened(kernels, values, indices.count, room))
       .write(program, sizes.channels, parallel_for);
-  correlate(kernels, layout, program, y, x, grad_output, nullptr, sizes.channels, sizes.input,
-            grad_input, parallel_for);
+  const RowCosts costs = {indices.offsets, sizes.channels, kRowEntries * y.targets * x.targets,
+                          sizes.taps()};
+  correlate(kernels, layout, program, y, x, grad_output, nullptr, costs, sizes.input, grad_input,
+            parallel_for);
   return true;
 }
 
@@ -326,8 +313,8 @@ bool convolution_grad_values(const SparseConvKernels& kernels, const Convolution
   const int64_t slots = std::clamp<int64_t>(kSlotBytes / (4 * count), 1,
                                             std::max<int64_t>(std::min(kSlots, tiles), 1));
   std::vector<float> sums(size_t(slots * count));
-  const auto bounds = cut(program, sizes.features, 1, parts_of(slots, sizes.features));
-  for_each_task(slots, bounds, parallel_for, [&] {
+  const RowCosts costs = {indices.offsets, sizes.features, kRowEntries};
+  for_each_task(slots, task_cuts(costs, slots), parallel_for, [&] {
     float* const planes = plane_scratch.floats(layout.floats());
     float* const gradients = stage_scratch.floats(sizes.features * lines.plane);
     return [&, planes, gradients](int64_t slot, int64_t begin, int64_t end) {
